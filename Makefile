@@ -1,0 +1,33 @@
+# make serve   serve the demo model on http://127.0.0.1:8000
+# make test    lint, types and tests: what CI runs
+# make bench   measure this machine and Tandem on it
+# Every target makes the virtual environment itself when pyproject.toml or constraints.txt changed.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+serve: $(STAMP)
+	$(VENV)/bin/tandem serve $(ARGS)
+
+test: lint types
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)
+	$(VENV)/bin/tandem bench $(ARGS)
+
+# torch first and by itself: its pinned CPU build must be in place before anything asks for "any torch"
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: serve test lint types bench

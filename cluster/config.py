@@ -1,0 +1,125 @@
+"""Every knob, in one frozen class: defaults < TOML file < `TANDEM_*` environment < command line flags.
+
+A key that is not a field is an error that names the nearest field. Values that say "auto" (0 or None) are resolved
+once, by `resolved`, into a new Config; nothing is filled in later.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pydantic
+from pydantic import Field
+
+from cluster.errors import ConfigError
+
+ENV_PREFIX = "TANDEM_"
+SHM = "/dev/shm"
+MIB = 2**20
+
+
+class Config(pydantic.BaseModel):
+    """One deployment. Sizes are bytes, durations seconds."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    # what is served
+    model: str = Field("", description="GGUF file, Hugging Face directory, or hub id; empty: the demo model")
+    served_model_name: str = Field("", description="name in the API; empty: derived from `model`")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="weights, activations and KV")
+    max_context: int = Field(0, ge=0, description="tokens per request, prompt and output; 0: the model's own limit")
+
+    # where it listens
+    host: str = Field("127.0.0.1", description="address of the HTTP endpoint and of every internal server")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: a free one")
+    api_keys: tuple[str, ...] = Field((), description="accepted bearer keys; empty: no key is asked for")
+    body_limit: int = Field(16 * MIB, ge=1024, description="largest HTTP body")
+
+    # who serves it
+    prefill: int = Field(1, ge=0, le=1024, description="prefill workers; 0: decode workers do both")
+    decode: int = Field(1, ge=1, le=1024, description="decode workers")
+    threads: int = Field(0, ge=0, description="CPU threads per worker; 0: cores / workers")
+    runner: Literal["torch", "sim"] = Field("torch", description="sim: no weights, deterministic tokens, modelled timings")
+    sim_step_ms: float = Field(0.0, ge=0, description="sim runner: milliseconds of any step")
+    sim_token_ms: float = Field(0.0, ge=0, description="sim runner: milliseconds per computed token")
+
+    # KV blocks
+    block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
+    kv_memory: int = Field(0, ge=0, description="KV cache per worker; 0: an eighth of the memory that is free")
+    store_memory: int = Field(0, ge=0, description="arena of a node's block store; 0: a quarter of the free shared memory")
+    redis_url: str = Field("", description="redis://... of the index; empty: start the embedded server")
+
+    # scheduling
+    token_budget: int = Field(512, ge=16, description="tokens an engine computes per step")
+    max_sequences: int = Field(64, ge=1, description="sequences an engine runs at once")
+    max_queue: int = Field(256, ge=1, description="requests that wait for a worker before new ones get 429")
+    request_timeout: float = Field(600.0, gt=0, description="longest life of a request")
+    hold_timeout: float = Field(30.0, gt=0, description="how long an unclaimed handoff keeps its blocks")
+    worker_timeout: float = Field(10.0, gt=0, description="silence after which a worker counts as lost")
+
+
+def load(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
+    """The merged configuration. `flags` holds only those the user gave. Raises ConfigError with the source named."""
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+
+    def add(values: Mapping[str, Any], source: str) -> None:
+        for key, value in values.items():
+            if key not in Config.model_fields:
+                raise ConfigError(f"{source}: unknown key {key!r}{_nearest(key)}")
+            merged[key], origin[key] = value, source
+
+    if path is not None:
+        add(_read_toml(path), str(path))
+    env = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in environment.items() if k.startswith(ENV_PREFIX)}
+    add({k: v.split(",") if k == "api_keys" else v for k, v in env.items()}, f"environment ({ENV_PREFIX}*)")
+    add(flags, "command line")
+    try:
+        return Config(**merged)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        key = str(first["loc"][0])
+        raise ConfigError(f"{origin.get(key, 'configuration')}: {key}: {first['msg']}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, Config.model_fields, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(Config.model_fields)}"
+
+
+def resolved(config: Config) -> Config:
+    """The same configuration with every "auto" replaced by a value for this machine."""
+    workers = config.prefill + config.decode
+    # bf16 is only faster where the CPU multiplies it natively; elsewhere torch emulates it
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if _native_bf16() else "float32")
+    return config.model_copy(
+        update={
+            "dtype": dtype,
+            "threads": config.threads or max(1, (os.cpu_count() or 1) // workers),
+            "kv_memory": config.kv_memory or psutil.virtual_memory().available // (8 * workers) * 2,
+            "store_memory": config.store_memory or psutil.disk_usage(SHM).free // 4,
+        }
+    )
+
+
+def _native_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

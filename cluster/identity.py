@@ -1,0 +1,15 @@
+"""What every process of one deployment is told to find, trust and reach the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The deployment as seen by one of its processes. The secret authorises every internal call; it is never logged."""
+
+    namespace: str  # model fingerprint: prefix of every key in Redis
+    redis_url: str = field(repr=False)  # may hold a password
+    secret: str = field(repr=False)
+    host: str  # address that internal servers bind; empty: the node's own

@@ -1,0 +1,142 @@
+"""The `tandem` command: `serve` runs a deployment in the foreground, `status` looks at a running one.
+
+A StartupError becomes one line on standard error and exit code 1; Ctrl-C and SIGTERM stop everything that was started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cluster.config import Config, load, resolved
+from cluster.errors import StartupError, TandemError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+STATUS_S = 5.0
+
+
+class Stop(Exception):
+    """A signal asked the process to end."""
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="GGUF file, Hugging Face directory or hub id [default: demo model]")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="port to listen on, 0 for a free one [default: 8000]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16")] = None,
+    prefill: Annotated[int | None, typer.Option(help="prefill workers; 0: decode workers do both [default: 1]")] = None,
+    decode: Annotated[int | None, typer.Option(help="decode workers [default: 1]")] = None,
+    max_context: Annotated[int | None, typer.Option(help="tokens per request [default: the model's]")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="name in the API")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Redis of the block index [default: an embedded one]")] = None,
+    runner: Annotated[str | None, typer.Option(help="torch, or sim for a model without weights")] = None,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP endpoint, prefill and decode in separate worker processes."""
+    given = {k: v for k, v in locals().items() if k != "config" and v is not None}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        _serve(load(config, os.environ, given))
+    except (Stop, KeyboardInterrupt):
+        console.print("stopped")
+    except StartupError as error:
+        Console(stderr=True).print(f"tandem: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    # a second signal must not cut the clean-up short and leave processes behind
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise Stop
+
+
+def _serve(config: Config) -> None:
+    config = resolved(config)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("importing", total=1.0)
+
+        def report(what: str, fraction: float) -> None:
+            progress.update(task, description=what, completed=fraction)
+
+        # torch and Ray take seconds to import: bad flags and `tandem status` should not wait for them
+        from deploy.launch import check_port, deployment
+        from deploy.models import resolve
+
+        check_port(config.host, config.port)
+        model = resolve(config.model, lambda fraction: report("converting the model (once)", fraction))
+        with deployment(config, model, report) as running:
+            progress.stop()
+            example = json.dumps({"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0})
+            console.print(
+                Panel.fit(
+                    f"[bold]{running.model_name}[/] at [bold]{running.url}/v1[/]   {config.dtype}, "
+                    f"{', '.join(f'{w.id} (pid {w.pid})' for w in running.workers)}   Ctrl-C stops it",
+                    title="Tandem is ready",
+                )
+            )
+            print(f"curl {running.url}/v1/chat/completions -H 'content-type: application/json' -d '{example}'", flush=True)
+            threading.Event().wait()
+
+
+@app.command()
+def status(url: Annotated[str, typer.Option(help="a running deployment")] = "http://127.0.0.1:8000") -> None:
+    """Show the workers, block stores and Redis of a running deployment."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/status", timeout=STATUS_S) as response:
+            state: dict[str, Any] = json.load(response)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        Console(stderr=True).print(f"tandem: no deployment answers at {url} ({reason}); is `tandem serve` running?", style="red")
+        raise typer.Exit(1) from None
+    console.print(_workers(state), _stores(state), f"redis: {'reachable' if state['redis'] else 'NOT reachable'}")
+
+
+def _workers(state: dict[str, Any]) -> Table:
+    table = Table(title=f"workers of {state['model']}")
+    for column in ("id", "role", "node", "pid", "running", "waiting", "KV blocks used"):
+        table.add_column(column)
+    for w in state["workers"]:
+        table.add_row(
+            w["id"], w["role"], w["node"], str(w["pid"]), str(w["running"]), str(w["waiting"]),
+            f"{w['blocks_total'] - w['blocks_free']} / {w['blocks_total']}",
+        )  # fmt: skip
+    return table
+
+
+def _stores(state: dict[str, Any]) -> Table:
+    table = Table(title="block stores")
+    for column in ("id", "node", "pid", "slabs", "free", "reserved", "held", "cached", "quarantined"):
+        table.add_column(column)
+    for s in state["stores"]:
+        table.add_row(*(str(s[name]) for name in ("id", "node", "pid", "slabs", "free", "reserved", "held", "cached", "quarantined")))
+    return table
+
+
+def main() -> None:
+    try:
+        app()
+    except TandemError as error:
+        sys.exit(f"tandem: {error.message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The composition root: starts what one deployment needs, in order, and stops all of it again.
+
+    model files ─► Redis ─► Ray ─► stores and workers (actors, loading in parallel) ─► router (Ray Serve) ─► ready
+
+The only file that creates Ray actors. Whatever fails on the way is a StartupError with one line to act on, and
+everything that was started before it is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import Config
+from cluster.errors import ModelError, StartupError, TandemError
+from cluster.identity import Identity
+from cluster.messages import Role, StoreInfo, WorkerInfo
+from deploy import front_door
+from deploy.actors import StoreActor, WorkerActor
+from deploy.models import ResolvedModel
+from kvstore.hashing import ModelKey
+from kvstore.layout import Layout
+from kvstore.redis_server import EmbeddedRedis, ping
+from router.settings import RouterSettings
+from workers.architecture import Architecture, load_architecture
+from workers.architecture import layout as model_layout
+from workers.digest import file_digest, weights_digest
+from workers.sim import sim_layout
+from workers.worker import WorkerSettings
+
+LOOPBACK = "127.0.0.1"
+READY_S = 600.0  # weights of a large model from a slow disk
+PLACE_S = 60.0  # an actor that Ray has not started by then has no node to run on
+STOP_S = 20.0
+POLL_S = 0.1
+
+Report = Callable[[str, float], None]  # (what is going on, how much of it is done 0..1)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A deployment that serves."""
+
+    url: str
+    model_name: str
+    workers: list[WorkerInfo]
+    stores: list[StoreInfo]
+
+
+def check_port(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises StartupError when it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartupError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator[Running]:
+    """Everything up on entry, everything down on exit. `config` is resolved. Raises StartupError."""
+    architecture = load_architecture(model.directory)
+    max_context = _max_context(config, architecture)
+    port = check_port(config.host, config.port)
+    secret = secrets.token_hex(32)
+    with contextlib.ExitStack() as stack:
+        redis_url = config.redis_url
+        if redis_url:
+            ping(redis_url, timeout_s=5.0)
+        else:
+            report("starting Redis", 0.0)
+            redis_url = stack.enter_context(contextlib.closing(EmbeddedRedis())).url
+        report("starting Ray", 0.0)
+        stack.enter_context(_ray(config))
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        if len(nodes) > 1 and not config.redis_url:
+            raise StartupError("several nodes need a Redis that all of them reach; give one with --redis-url")
+        key = model_key(config, model.directory, architecture)
+        layout = block_layout(config, architecture)
+        identity = Identity(key.namespace, redis_url, secret, LOOPBACK if _local_ray() else "")
+        stores = [_store(stack, config, node["NodeID"], block_layout(config, architecture), identity) for node in nodes]
+        workers = []
+        for role, count in _roles(config):
+            for index in range(count):
+                settings = WorkerSettings(f"{role}-{index}", role, key, max_context, identity, config)
+                workers.append(_worker(stack, settings, model.directory))
+        report("starting the HTTP front door", 0.0)
+        stack.callback(serve.shutdown)
+        serve.start(http_options={"host": config.host, "port": port})
+        store_infos = [_await(actor, f"block store {index}", report) for index, actor in enumerate(stores)]
+        worker_infos = [_await(actor, f"worker {index}", report) for index, actor in enumerate(workers)]
+        settings = RouterSettings(
+            model_directory=model.directory,
+            model_name=config.served_model_name or model.name,
+            namespace=key.namespace,
+            eos_token_ids=architecture.eos_token_ids,
+            vocab_size=architecture.vocab_size,
+            max_context=max_context,
+            redis_url=redis_url,
+            secret=secret,
+        )
+        report("starting the router", 0.0)
+        serve.run(front_door.application(config, settings), name="tandem", route_prefix="/")
+        url = f"http://{config.host}:{port}"
+        _await_health(url)
+        yield Running(url, settings.model_name, worker_infos, store_infos)
+
+
+def model_key(config: Config, directory: Path, architecture: Architecture) -> ModelKey:
+    """What block hashes are rooted in: two deployments share KV only when all of it is equal."""
+    tokenizer = file_digest(directory / "tokenizer.json")
+    weights = b"sim" if config.runner == "sim" else weights_digest(directory)
+    return ModelKey(model=weights, tokenizer=tokenizer, dtype=config.dtype, block_size=config.block_size)
+
+
+def block_layout(config: Config, architecture: Architecture) -> Layout:
+    if config.runner == "sim":
+        return sim_layout(config.block_size)
+    return model_layout(architecture, config.dtype, config.block_size)
+
+
+def _max_context(config: Config, architecture: Architecture) -> int:
+    if config.max_context > architecture.max_context:
+        raise StartupError(
+            f"max_context {config.max_context} is more than the model's {architecture.max_context}; lower --max-context"
+        )
+    return config.max_context or architecture.max_context
+
+
+def _roles(config: Config) -> list[tuple[Role, int]]:
+    if config.prefill == 0:
+        return [("both", config.decode)]
+    return [("prefill", config.prefill), ("decode", config.decode)]
+
+
+@contextlib.contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine that nobody else can reach."""
+    os.environ.update(front_door.environment())
+    options: dict[str, Any] = {}
+    if _local_ray():
+        # Ray's own ports listen on every interface: a token of our own keeps strangers out
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+        needed = (config.prefill + config.decode) * config.threads
+        options = {
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, needed),
+            "object_store_memory": 80 * 2**20,  # Ray's minimum: no KV and no tokens ever pass through it
+            "_node_ip_address": LOOPBACK,
+        }
+    try:
+        address = os.environ.get("RAY_ADDRESS", "local")
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise StartupError(f"cannot start or join Ray ({address}): {str(error).splitlines()[0]}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _local_ray() -> bool:
+    return os.environ.get("RAY_ADDRESS", "local") == "local"
+
+
+def _store(stack: contextlib.ExitStack, config: Config, node_id: str, layout: Layout, identity: Identity) -> Any:
+    """One block store on that node; soft affinity could put two on one node."""
+    actor = (
+        ray.remote(StoreActor)
+        .options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=4,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        .remote(f"store-{node_id[:8]}", layout, config.store_memory, identity)
+    )
+    stack.callback(_stop_actor, actor)
+    return actor
+
+
+def _worker(stack: contextlib.ExitStack, settings: WorkerSettings, model: Path) -> Any:
+    # set before torch is imported: threads beyond the cores cost 20 ms at every OpenMP barrier
+    environment = {"OMP_NUM_THREADS": str(settings.config.threads)}
+    actor = (
+        ray.remote(WorkerActor)
+        .options(
+            num_cpus=settings.config.threads,
+            max_restarts=-1,
+            max_concurrency=4,
+            runtime_env={"env_vars": environment},
+        )
+        .remote(settings, model)
+    )
+    stack.callback(_stop_actor, actor)
+    return actor
+
+
+def _await(actor: Any, name: str, report: Report) -> Any:
+    """Wait until the actor serves, reporting how far its weights are. Raises what it reports, or StartupError."""
+    started, placed = time.monotonic(), False
+    while time.monotonic() - started < READY_S:
+        try:
+            result = ray.get(actor.ready.remote(POLL_S), timeout=POLL_S * 20)
+        except (TimeoutError, ray.exceptions.GetTimeoutError) as error:
+            placed = placed or not isinstance(error, ray.exceptions.GetTimeoutError)
+            if not placed and time.monotonic() - started > PLACE_S:
+                raise StartupError(f"{name}: Ray found no node with room for it; see `ray status`") from None
+            if hasattr(actor, "progress") and placed:
+                report(f"loading {name}", ray.get(actor.progress.remote(), timeout=PLACE_S))
+            continue
+        except ray.exceptions.RayActorError as error:
+            raise StartupError(f"{name} died while starting: {str(error).splitlines()[0]}") from None
+        if isinstance(result, TandemError):
+            raise result if isinstance(result, StartupError) else ModelError(f"{name}: {result.message}")
+        return result
+    raise StartupError(f"{name} was not ready after {READY_S:.0f} s; its log is in {ray_logs()}")
+
+
+def ray_logs() -> str:
+    return "/tmp/ray/session_latest/logs"
+
+
+def _await_health(url: str) -> None:
+    deadline = time.monotonic() + PLACE_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=2.0):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(POLL_S)
+    raise StartupError(f"{url} did not become ready; the router's log is in {ray_logs()}")
+
+
+def _stop_actor(actor: Any) -> None:
+    """Ask it to stop, then make sure."""
+    try:
+        ray.get(actor.stop.remote(), timeout=STOP_S)
+    except (ray.exceptions.RayError, TimeoutError):
+        pass  # it is dead or stuck: killed next
+    ray.kill(actor)
+
+

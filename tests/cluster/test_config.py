@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config, load, resolved
+from cluster.errors import ConfigError
+
+
+def test_flags_beat_environment_beats_file_beats_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "tandem.toml"
+    path.write_text('port = 1\ndtype = "float32"\nprefill = 3\n')
+    config = load(path, {"TANDEM_PORT": "2", "TANDEM_PREFILL": "4", "OTHER": "x"}, {"port": 3})
+    assert (config.port, config.prefill, config.dtype, config.decode) == (3, 4, "float32", 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "environment", "flags", "source"),
+    [
+        ("prefil = 1", {}, {}, "tandem.toml"),
+        ("", {"TANDEM_PREFIL": "1"}, {}, "environment"),
+        ("", {}, {"prefil": 1}, "command line"),
+    ],
+)
+def test_an_unknown_key_names_its_source_and_the_nearest_known_one(
+    tmp_path: Path, file: str, environment: dict[str, str], flags: dict[str, int], source: str
+) -> None:
+    path = tmp_path / "tandem.toml"
+    path.write_text(file)
+    with pytest.raises(ConfigError, match=rf"{source}.*prefil.*did you mean 'prefill'"):
+        load(path, environment, flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [({"port": 70000}, "port"), ({"dtype": "float64"}, "dtype"), ({"decode": 0}, "decode"), ({"prefill": "x"}, "prefill")],
+)
+def test_a_bad_value_names_the_field(flags: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"command line: {field}: "):
+        load(None, {}, flags)
+
+
+def test_a_file_that_is_not_there_or_not_toml_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "none.toml", {}, {})
+    (tmp_path / "bad.toml").write_text("port = = 1")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load(tmp_path / "bad.toml", {}, {})
+
+
+def test_api_keys_are_a_comma_separated_list_in_the_environment() -> None:
+    assert load(None, {"TANDEM_API_KEYS": "a,b"}, {}).api_keys == ("a", "b")
+
+
+def test_resolved_replaces_every_auto_and_changes_nothing_else() -> None:
+    config = Config(port=9)
+    done = resolved(config)
+    assert done.dtype in ("float32", "bfloat16")
+    assert min(done.threads, done.kv_memory, done.store_memory) > 0
+    assert done.port == 9
+    assert config == Config(port=9)
+    given = Config(dtype="float32", threads=3, kv_memory=10, store_memory=11)
+    assert resolved(given) == given
+
+
+def test_there_are_few_knobs_and_each_is_documented() -> None:
+    assert len(Config.model_fields) < 40
+    assert all(field.description for field in Config.model_fields.values())

@@ -1,0 +1,89 @@
+"""The import directions of docs/architecture.md, pinned by reading every import statement."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "cluster": set(),
+    "kernels": set(),
+    "kvstore": {"cluster", "kernels"},
+    "workers": {"cluster", "kvstore", "kernels"},
+    "router": {"cluster", "kvstore"},
+    "deploy": {"cluster", "kvstore", "workers", "router", "kernels", "loadtests"},
+    "loadtests": {"cluster", "router"},
+}
+KVSTORE_FOR_ROUTER = {"kvstore.hashing", "kvstore.layout"}
+NO_TORCH = ("cluster", "router", "kvstore")
+RAY_FILES = {"deploy/actors.py", "deploy/front_door.py", "deploy/launch.py"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, as dotted names; `from a import b` counts as a.b too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_packages_import_only_what_they_may() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {top}"
+        for package, allowed in MAY_IMPORT.items()
+        for path in files(package)
+        for top in tops(imports(path)) & MAY_IMPORT.keys() - allowed - {package}
+    ]
+    assert wrong == []
+
+
+def test_router_uses_only_the_pure_parts_of_kvstore() -> None:
+    wrong = {
+        (path.name, name)
+        for path in files("router")
+        for name in imports(path)
+        if name.startswith("kvstore.") and not any(name.startswith(pure) for pure in KVSTORE_FOR_ROUTER)
+    }
+    assert wrong == set()
+
+
+def test_torch_and_ray_stay_where_they_belong() -> None:
+    torch = [str(p) for package in NO_TORCH for p in files(package) if {"torch", "transformers"} & tops(imports(p))]
+    ray = {str(p.relative_to(ROOT)) for package in MAY_IMPORT for p in files(package) if "ray" in tops(imports(p))}
+    assert torch == []
+    assert ray <= RAY_FILES
+
+
+def test_transformers_is_not_confused_by_a_package_called_kernels() -> None:
+    """transformers probes for a distribution named `kernels`; ours must not look like it."""
+    code = (
+        "import kernels, transformers\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "c = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)\n"
+        "print(LlamaForCausalLM(c).num_parameters() > 0)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert out.stdout.strip() == "True"
+
+
+def test_files_stay_small() -> None:
+    long = {
+        str(p.relative_to(ROOT)): n
+        for package in MAY_IMPORT
+        for p in files(package)
+        if (n := len(p.read_text().splitlines())) > 300
+    }
+    assert long == {}

@@ -1,0 +1,162 @@
+"""Both ends of a worker's handoffs: blocks that leave for the store, and blocks that arrive from one.
+
+Runs on the event loop; the copies themselves run in threads. A transfer's sends keep their order in a task of its own;
+a receive is a task that ends in exactly one call of `done`, cancelled or not, so the engine always gets its blocks back.
+Holds on handoffs that wait for room are renewed here, or a busy decode worker would lose them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.config import Config
+from cluster.errors import StoreError, TandemError
+from cluster.messages import Handoff
+from kvstore.client import StoreClient
+from kvstore.transfer import HandoffReader, HandoffWriter
+from workers.engine import Send
+from workers.runner import Runner
+from workers.sequence import Sequence, State
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Stats:
+    bytes: int = 0
+    seconds: float = 0.0
+    failures: int = 0
+
+
+class Handoffs:
+    def __init__(self, client_id: str, runner: Runner, config: Config, secret: str) -> None:
+        self._client_id = client_id
+        self._runner = runner
+        self._hold_ms = int(config.hold_timeout * 1000)
+        self._secret = secret
+        self._writer: HandoffWriter | None = None
+        self._client: StoreClient | None = None
+        self._reader = HandoffReader(secret, runner.layout)
+        self._sends: dict[str, asyncio.Queue[Send | None]] = {}  # transfer id -> what its task still has to do
+        self._receives: dict[str, asyncio.Task[None]] = {}  # sequence id -> task
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.stats = Stats()
+
+    @property
+    def connected(self) -> bool:
+        return self._writer is not None and self._writer.connected
+
+    async def connect(self, address: str) -> None:
+        """Use the store at this address from now on. Raises StoreError or Unavailable when it does not answer."""
+        if self._client is not None and self._client.address == address and self.connected:
+            return
+        client = StoreClient(address, self._secret, self._client_id, self._runner.layout)
+        writer = HandoffWriter(client, self._runner.layout, self._runner.block)
+        await writer.connect()
+        old, self._client, self._writer = self._writer, client, writer
+        if old is not None:
+            await old.close()
+
+    async def close(self) -> None:
+        for task in [*self._tasks, *self._receives.values()]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._receives.values(), return_exceptions=True)
+        if self._writer is not None:
+            await self._writer.close()
+        await self._reader.close()
+
+    # ------------------------------------------------------------------------------------------------------- leaving
+    async def reserve(self, sequence: Sequence) -> Handoff:
+        """Room in this node's store for all of the sequence's KV. Raises StoreError when there is none."""
+        if self._writer is None or not self._writer.connected:
+            raise StoreError("this worker has no block store yet")
+        size = self._runner.layout.tokens
+        hashes = sequence.hashes[: len(sequence.tokens) // size]
+        handoff = await self._writer.reserve(sequence.transfer_id, hashes, len(sequence.tokens), self._hold_ms)
+        self._sends[sequence.transfer_id] = asyncio.Queue()
+        self._spawn(self._drain(sequence.transfer_id, self._writer))
+        return handoff
+
+    def send(self, send: Send, done: Callable[[list[int]], None]) -> None:
+        self._done = done
+        self._sends[send.transfer_id].put_nowait(send)
+
+    def revoke(self, transfer_id: str) -> None:
+        if transfer_id in self._sends:
+            self._sends[transfer_id].put_nowait(None)
+
+    async def _drain(self, transfer_id: str, writer: HandoffWriter) -> None:
+        """Everything one transfer sends, in order; after a failure blocks are only let go of."""
+        healthy = True
+        while True:
+            send = await self._sends[transfer_id].get()
+            try:
+                if send is None:
+                    await writer.revoke(transfer_id, "the prefill was aborted")
+                elif healthy:
+                    await writer.send(transfer_id, send.blocks)
+                    if send.last:
+                        await writer.finish(transfer_id, send.first_token)
+            except TandemError as error:
+                healthy = False
+                log.warning("handoff %s failed, its reader recomputes: %s", transfer_id, error.message)
+            finally:
+                if send is not None:
+                    self._done([block for _, block in send.blocks])
+            if send is None or send.last:
+                del self._sends[transfer_id]
+                return
+
+    # ------------------------------------------------------------------------------------------------------ arriving
+    def expect(self, sequence: Sequence) -> None:
+        """A handoff whose sequence still waits for room: keep its hold alive meanwhile."""
+        self._spawn(self._renew(sequence))
+
+    async def _renew(self, sequence: Sequence) -> None:
+        while sequence.state is State.WAITING and sequence.handoff is not None and time.monotonic() < sequence.deadline:
+            try:
+                await self._reader.hold(sequence.handoff, self._hold_ms)
+            except TandemError as error:
+                log.warning("handoff %s is lost, it will be recomputed: %s", sequence.id, error.message)
+                return
+            await asyncio.sleep(self._hold_ms / 3000)
+
+    def receive(self, sequence: Sequence, done: Callable[[Sequence, int, int | None], None]) -> None:
+        task = asyncio.create_task(self._receive(sequence, done))
+        self._receives[sequence.id] = task
+        task.add_done_callback(lambda _: self._receives.pop(sequence.id, None))
+
+    def drop(self, sequence_id: str) -> None:
+        if sequence_id in self._receives:
+            self._receives[sequence_id].cancel()
+
+    async def _receive(self, sequence: Sequence, done: Callable[[Sequence, int, int | None], None]) -> None:
+        handoff, table = sequence.handoff, list(sequence.block_table)
+        assert handoff is not None
+        start = sequence.computed // self._runner.layout.tokens
+        valid, first_token = start, None
+        try:
+            received = await self._reader.receive(
+                handoff,
+                start,
+                len(sequence.tokens),
+                lambda position: self._runner.block(table[position]),
+                timeout_s=max(0.0, sequence.deadline - time.monotonic()),
+            )
+            valid, first_token = received.valid_blocks, received.first_token
+            self.stats.bytes += received.bytes
+            self.stats.seconds += received.seconds
+            if received.error is not None:
+                self.stats.failures += 1
+                log.warning("handoff %s broke after %d blocks: %s", sequence.id, valid, received.error.message)
+        finally:
+            done(sequence, valid, first_token)
+
+    def _spawn(self, work: asyncio._CoroutineLike[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

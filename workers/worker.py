@@ -1,0 +1,281 @@
+"""A worker: one engine on a thread of its own, and the asyncio side that feeds it and acts on what it returns.
+
+    gRPC Submit/Abort ──► inbox ──► engine thread: apply events, step ──► act (event loop): StepOutput frames to
+                            ▲                                               │ routers, blocks to the store
+                            └── sent / received ◄── transfer tasks ◄────────┘
+
+One way round, no callbacks into the engine. A router's output stream is its lease on its jobs: when it breaks, they
+are aborted. An engine that raises is a bug: the process ends, Ray starts a new one and routers re-place the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cluster.config import Config
+from cluster.errors import InvalidRequest, Overloaded, StoreError, TandemError, Unavailable
+from cluster.identity import Identity
+from cluster.membership import Membership
+from cluster.messages import (
+    Abort,
+    Accepted,
+    Ack,
+    DecodeJob,
+    Handoff,
+    JobFailed,
+    Load,
+    Outputs,
+    PrefillJob,
+    Refused,
+    Role,
+    SetRole,
+    StepOutput,
+    Submit,
+    TokenOutput,
+    WorkerInfo,
+)
+from cluster.rpc import Server
+from kvstore.hashing import ModelKey, extend
+from workers.engine import Engine, Step
+from workers.handoffs import Handoffs
+from workers.runner import Runner
+from workers.sequence import Sequence
+
+HEARTBEAT_S = 1.0  # an idle output stream says so this often
+REGISTER_S = 2.0  # membership expires after five missed registrations
+IDLE_S = 0.2  # an idle engine looks at deadlines this often
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a worker is told at birth."""
+
+    id: str
+    role: Role
+    key: ModelKey
+    max_context: int
+    identity: Identity
+    config: Config
+
+
+class Worker:
+    def __init__(self, runner: Runner, settings: WorkerSettings) -> None:
+        config = settings.config
+        self._settings = settings
+        self._role = settings.role
+        self._engine = Engine(
+            runner,
+            token_budget=config.token_budget,
+            max_sequences=config.max_sequences,
+            max_context=settings.max_context,
+        )
+        self._vocab_size = runner.vocab_size
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._routers: dict[str, tuple[str, asyncio.Queue[StepOutput]]] = {}  # router id -> (stream key, frames)
+        self._streams = 0
+        self._accepting: set[str] = set()  # ids being accepted; an abort that overtakes the acceptance removes them
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._membership = Membership(settings.identity.redis_url)
+        self._handoffs = Handoffs(settings.id, runner, config, settings.identity.secret)
+        self._load = self._engine.load(self._role, 0, 0.0, 0)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server = Server(
+            settings.identity.secret,
+            {"Submit": self._submit, "Abort": self._abort, "SetRole": self._set_role},
+            {"Outputs": self._outputs},
+        )
+
+    async def start(self) -> WorkerInfo:
+        """Serve and register. Returns how others reach this worker."""
+        self._loop = asyncio.get_running_loop()
+        address = await self._server.start(self._settings.identity.host)
+        self._info = WorkerInfo(
+            id=self._settings.id,
+            address=address,
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            role=self._role,
+            namespace=self._settings.identity.namespace,
+            incarnation=time.time_ns(),
+            max_context=self._settings.max_context,
+            block_size=self._settings.config.block_size,
+        )
+        self._thread.start()
+        self._tasks = [asyncio.create_task(self._register()), asyncio.create_task(self._find_store())]
+        return self._info
+
+    async def stop(self) -> None:
+        """Stop serving; whoever still waits for tokens sees the stream end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.stop()
+        self._stopping.set()
+        self._post(lambda: None)
+        await asyncio.to_thread(self._thread.join, 10.0)
+        await self._handoffs.close()
+        try:
+            await self._membership.unregister(self._info)
+        except Unavailable:
+            log.info("Redis is gone; the registration will expire by itself")
+        await self._membership.close()
+
+    # ---------------------------------------------------------------------------------------------- engine thread
+    def _post(self, event: Callable[[], None]) -> None:
+        self._inbox.put(event)
+
+    def _run(self) -> None:
+        try:
+            computed = 0
+            while not self._stopping.is_set():
+                self._apply(wait=computed == 0)
+                step = self._engine.step(time.monotonic())
+                computed = step.computed
+                stats = self._handoffs.stats
+                load = self._engine.load(self._role, stats.bytes, stats.seconds, stats.failures)
+                self._loop.call_soon_threadsafe(self._act, step, load)
+        except Exception:  # the actor's outermost loop: crash, be restarted
+            log.exception("the engine failed; this worker ends and its requests go elsewhere")
+            os._exit(70)
+
+    def _apply(self, wait: bool) -> None:
+        try:
+            event = self._inbox.get(timeout=IDLE_S) if wait else self._inbox.get_nowait()
+            while True:
+                event()
+                event = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    # -------------------------------------------------------------------------------------------------- event loop
+    def _act(self, step: Step, load: Load) -> None:
+        self._load = load
+        frames: dict[str, list[TokenOutput | JobFailed]] = {}
+        for key, output in step.outputs:
+            frames.setdefault(key, []).append(output)
+        for key, frame_queue in self._routers.values():
+            if outputs := frames.get(key):
+                frame_queue.put_nowait(StepOutput(tuple(outputs), load))
+        for send in step.sends:
+            self._handoffs.send(send, self._sent)
+        for transfer_id in step.revoked:
+            self._handoffs.revoke(transfer_id)
+        for sequence in step.receives:
+            self._handoffs.receive(sequence, self._received)
+        for sequence_id in step.dropped:
+            self._handoffs.drop(sequence_id)
+
+    def _sent(self, block_ids: list[int]) -> None:
+        self._post(partial(self._engine.sent, block_ids))
+
+    def _received(self, sequence: Sequence, valid_blocks: int, first_token: int | None) -> None:
+        self._post(partial(self._engine.received, sequence, valid_blocks, first_token))
+
+    # -------------------------------------------------------------------------------------------------------- calls
+    async def _submit(self, message: Submit, _: Any) -> Accepted | Refused:
+        try:
+            return Accepted(await self._accept(message))
+        except TandemError as error:
+            return Refused(error.code, error.message, int(1000 * (error.retry_after_s or 0)))
+
+    async def _accept(self, message: Submit) -> Handoff | None:
+        if message.router_id not in self._routers:
+            raise Unavailable("open the output stream before submitting")
+        if self._load.waiting >= self._settings.config.max_queue:
+            raise Overloaded(f"{self._load.waiting} requests are waiting for this worker", retry_after_s=1.0)
+        generation = message.job.generation
+        sequence = Sequence(
+            generation,
+            router_id=self._routers[message.router_id][0],
+            root=self._settings.key.root(generation.salt),
+            deadline=time.monotonic() + generation.deadline_ms / 1000,
+        )
+        if not 0 < len(sequence.tokens) < self._settings.max_context:
+            raise InvalidRequest(f"{len(sequence.tokens)} tokens do not fit a context of {self._settings.max_context}")
+        if min(sequence.tokens) < 0 or max(sequence.tokens) >= self._vocab_size:
+            raise InvalidRequest(f"token ids must be within 0 and {self._vocab_size - 1}")
+        extend(sequence.hashes, sequence.root, sequence.tokens, self._settings.config.block_size)
+        handoff = None
+        match message.job:
+            case PrefillJob():
+                handoff = await self._reserve(sequence)
+            case DecodeJob(handoff=source) if source is not None:
+                sequence.handoff = source
+                self._handoffs.expect(sequence)
+        self._post(partial(self._engine.add, sequence))
+        return handoff
+
+    async def _reserve(self, sequence: Sequence) -> Handoff:
+        """Room for a prefill's blocks. Whoever asked may leave meanwhile, by abort or by a broken stream."""
+        sequence.transfer_id = sequence.id
+        self._accepting.add(sequence.id)
+        handoff = await self._handoffs.reserve(sequence)
+        still_wanted = sequence.id in self._accepting and sequence.router_id in (key for key, _ in self._routers.values())
+        self._accepting.discard(sequence.id)
+        if not still_wanted:
+            self._handoffs.revoke(sequence.transfer_id)
+            raise Unavailable("aborted before it was accepted")
+        return handoff
+
+    async def _abort(self, message: Abort, _: Any) -> Ack:
+        self._accepting.difference_update(message.ids)
+        self._post(partial(self._engine.abort, list(message.ids)))
+        return Ack()
+
+    async def _set_role(self, message: SetRole, _: Any) -> Ack:
+        self._role = message.role
+        return Ack()
+
+    async def _outputs(self, message: Outputs, _: Any) -> AsyncIterator[StepOutput]:
+        self._streams += 1
+        key = f"{message.router_id}#{self._streams}"
+        frames: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._routers[message.router_id] = (key, frames)
+        yield StepOutput((), self._load)
+        try:
+            while True:
+                try:
+                    frame = await asyncio.wait_for(frames.get(), HEARTBEAT_S)
+                except TimeoutError:
+                    frame = StepOutput((), self._load)
+                yield frame
+        finally:
+            if self._routers.get(message.router_id, ("",))[0] == key:
+                del self._routers[message.router_id]
+            self._post(partial(self._abort_stream, key))
+
+    def _abort_stream(self, key: str) -> None:
+        self._engine.abort([s.id for s in self._engine.sequences.values() if s.router_id == key])
+
+    # --------------------------------------------------------------------------------------------------- membership
+    async def _register(self) -> None:
+        while True:
+            try:
+                await self._membership.register(self._info)
+            except Unavailable as error:
+                log.warning("not registered, serving on: %s", error.message)
+            await asyncio.sleep(REGISTER_S)
+
+    async def _find_store(self) -> None:
+        """Keep a connection to this node's store; a store that restarts comes back under another address or epoch."""
+        while True:
+            try:
+                _, stores = await self._membership.members(self._settings.identity.namespace)
+                near = [store for store in stores if store.node == self._info.node]
+                if near:
+                    await self._handoffs.connect(near[0].address)
+            except (Unavailable, StoreError) as error:
+                log.warning("the block store is out of reach, prefills are refused until it is back: %s", error.message)
+            await asyncio.sleep(REGISTER_S if self._handoffs.connected else REGISTER_S / 10)
