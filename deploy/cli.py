@@ -24,6 +24,7 @@ from rich.table import Table
 
 from cluster.config import Config, load, resolved
 from cluster.errors import StartupError, TandemError
+from deploy.environment import prepare
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -77,6 +78,7 @@ def _serve(config: Config) -> None:
         def report(what: str, fraction: float) -> None:
             progress.update(task, description=what, completed=fraction)
 
+        prepare()  # before Ray is imported
         # torch and Ray take seconds to import: bad flags and `tandem status` should not wait for them
         from deploy.launch import check_port, deployment
         from deploy.models import resolve
@@ -108,6 +110,25 @@ def status(url: Annotated[str, typer.Option(help="a running deployment")] = "htt
         Console(stderr=True).print(f"tandem: no deployment answers at {url} ({reason}); is `tandem serve` running?", style="red")
         raise typer.Exit(1) from None
     console.print(_workers(state), _stores(state), f"redis: {'reachable' if state['redis'] else 'NOT reachable'}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="GGUF file, Hugging Face directory or hub id [default: demo model]")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    sections: Annotated[str, typer.Option(help="comma-separated: engine, serve")] = "engine,serve",
+    out: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
+) -> None:
+    """Measure this machine's limits and Tandem against them, in one run."""
+    config = resolved(load(None, {}, {"model": model or "", "dtype": dtype, "prefill": 0}))
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)  # before torch is imported
+    from deploy.bench.run import SECTIONS, run
+    from deploy.models import resolve
+
+    chosen = sections.split(",")
+    if unknown := set(chosen) - set(SECTIONS):
+        raise StartupError(f"unknown section {unknown.pop()!r}; there are {', '.join(SECTIONS)}")
+    run(resolve(config.model, lambda _: None).directory, config, chosen, out, console)
 
 
 def _workers(state: dict[str, Any]) -> Table:

@@ -30,6 +30,7 @@ from cluster.identity import Identity
 from cluster.messages import Role, StoreInfo, WorkerInfo
 from deploy import front_door
 from deploy.actors import StoreActor, WorkerActor
+from deploy.environment import LOOPBACK, starts_ray
 from deploy.models import ResolvedModel
 from kvstore.hashing import ModelKey
 from kvstore.layout import Layout
@@ -41,7 +42,6 @@ from workers.digest import file_digest, weights_digest
 from workers.sim import sim_layout
 from workers.worker import WorkerSettings
 
-LOOPBACK = "127.0.0.1"
 READY_S = 600.0  # weights of a large model from a slow disk
 PLACE_S = 60.0  # an actor that Ray has not started by then has no node to run on
 STOP_S = 20.0
@@ -92,7 +92,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
             raise StartupError("several nodes need a Redis that all of them reach; give one with --redis-url")
         key = model_key(config, model.directory, architecture)
         layout = block_layout(config, architecture)
-        identity = Identity(key.namespace, redis_url, secret, LOOPBACK if _local_ray() else "")
+        identity = Identity(key.namespace, redis_url, secret, LOOPBACK if starts_ray() else "")
         stores = [_store(stack, config, node["NodeID"], block_layout(config, architecture), identity) for node in nodes]
         workers = []
         for role, count in _roles(config):
@@ -105,20 +105,20 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         store_infos = [_await(actor, f"block store {index}", report) for index, actor in enumerate(stores)]
         worker_infos = [_await(actor, f"worker {index}", report) for index, actor in enumerate(workers)]
         settings = RouterSettings(
-            model_directory=model.directory,
-            model_name=config.served_model_name or model.name,
+            model_directory=str(model.directory),
+            served_model_name=config.served_model_name or model.name,
             namespace=key.namespace,
-            eos_token_ids=architecture.eos_token_ids,
-            vocab_size=architecture.vocab_size,
-            max_context=max_context,
+            cluster_secret=secret,
             redis_url=redis_url,
-            secret=secret,
+            max_context=max_context,
+            vocab_size=architecture.vocab_size,
+            eos_token_ids=architecture.eos_token_ids,
         )
         report("starting the router", 0.0)
         serve.run(front_door.application(config, settings), name="tandem", route_prefix="/")
         url = f"http://{config.host}:{port}"
         _await_health(url)
-        yield Running(url, settings.model_name, worker_infos, store_infos)
+        yield Running(url, settings.served_model_name, worker_infos, store_infos)
 
 
 def model_key(config: Config, directory: Path, architecture: Architecture) -> ModelKey:
@@ -151,11 +151,8 @@ def _roles(config: Config) -> list[tuple[Role, int]]:
 @contextlib.contextmanager
 def _ray(config: Config) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine that nobody else can reach."""
-    os.environ.update(front_door.environment())
     options: dict[str, Any] = {}
-    if _local_ray():
-        # Ray's own ports listen on every interface: a token of our own keeps strangers out
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+    if starts_ray():
         needed = (config.prefill + config.decode) * config.threads
         options = {
             "include_dashboard": False,
@@ -172,10 +169,6 @@ def _ray(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _local_ray() -> bool:
-    return os.environ.get("RAY_ADDRESS", "local") == "local"
 
 
 def _store(stack: contextlib.ExitStack, config: Config, node_id: str, layout: Layout, identity: Identity) -> Any:

@@ -74,7 +74,7 @@ def _refuse_unsupported(fields: dict[str, Any], prefix: str = "") -> None:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """The four shapes of `prompt`, as a list. Checked by hand: a union would build an error per token of a long list."""
+    """The four shapes of `prompt`, as a list. By hand: a union would build an error per token of a long list."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
         value = [value]
     if not isinstance(value, list) or not all(_is_prompt(item) for item in value):

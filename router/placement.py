@@ -5,7 +5,7 @@ prompt tokens, one per running sequence, and what this router sent it that its l
 
     prefill and decode workers alive   ->  Route(prefill, decode): the KV is handed over
     no worker of role prefill          ->  Route(None, decode):    the decode worker prefills itself
-    only workers of role prefill       ->  Route(None, prefill worker): an engine accepts any job, so better than an error
+    only workers of role prefill       ->  Route(None, prefill worker): an engine accepts any job
 """
 
 from __future__ import annotations

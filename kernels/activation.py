@@ -1,0 +1,11 @@
+"""SwiGLU's gate (arXiv:2002.05202), on the output of one fused projection."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:  # [T, 2 I], gate first -> [T, I]
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up

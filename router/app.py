@@ -1,0 +1,130 @@
+"""The HTTP application: routes, their order of checks, and what lives as long as the process.
+
+    client -> request id -> API key -> body limit -> route: validate -> admit -> tokenize -> Choices -> JSON or SSE
+
+Served by uvicorn directly or hosted by a Ray Serve deployment (`deploy/`); it knows neither. It keeps no request:
+that is `router/choices.py`, and it decides nothing about errors: that is `router/http_errors.py`.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from cluster.config import Config
+from cluster.messages import FinishReason
+from router import http_errors
+from router.choices import Choices
+from router.fleet import Fleet, Membership
+from router.json_route import JsonRoute
+from router.metrics import Metrics
+from router.middleware import ApiKeys, BodyLimit, RequestId
+from router.openai import ChatRequest, CompletionRequest, GenerationRequest
+from router.operations import operations
+from router.responses import DONE, ChatFormat, CompletionFormat, Format, Head
+from router.service import Service
+from router.settings import RouterSettings
+from router.streaming import ClientLeft, EventStream, until_client_leaves
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but access logs show it
+
+
+def create_app(config: Config, settings: RouterSettings, membership: Membership) -> FastAPI:
+    """The router's application. `membership` tells who has registered (`cluster.membership.Membership`).
+
+    Connections to workers live from the application's start-up to its shutdown (ASGI lifespan). Raises ModelError when
+    the model directory has no usable tokenizer.
+    """
+    metrics = Metrics()
+    router_id = f"router-{uuid.uuid4().hex[:12]}"
+    fleet = Fleet(membership, settings.namespace, router_id, settings.cluster_secret, config.worker_timeout)
+    service = Service(config, settings, fleet, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await fleet.start()
+        try:
+            yield
+        finally:
+            await service.close()
+            await fleet.close()
+
+    app = FastAPI(title="Tandem", lifespan=lifespan, redoc_url=None)
+    app.router.route_class = JsonRoute
+    http_errors.install(app, metrics)
+    app.add_middleware(BodyLimit, limit=config.body_limit)  # the last added sees a request first
+    app.add_middleware(ApiKeys, keys=config.api_keys)
+    app.add_middleware(RequestId)
+    app.include_router(operations(fleet, metrics, settings, router_id))
+    _add_generation(app, service, metrics, settings.served_model_name)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service, metrics: Metrics, model: str) -> None:
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"application/json": {}, "text/event-stream": {}}},
+        "4XX": {"description": "The request is wrong, or must wait"},
+        "5XX": {"description": "The server could not serve it"},
+    }
+
+    @app.post("/v1/chat/completions", tags=["generation"], responses=responses)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """OpenAI's chat completions."""
+        with metrics.counting_refusals():
+            choices = await service.chat(body, request.state.tenant, request.state.request_id)
+        return await _answer(body, request, choices, ChatFormat(_head("chatcmpl", model)))
+
+    @app.post("/v1/completions", tags=["generation"], responses=responses)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """OpenAI's completions."""
+        with metrics.counting_refusals():
+            choices = await service.completion(body, request.state.tenant, request.state.request_id)
+        return await _answer(body, request, choices, CompletionFormat(_head("cmpl", model)))
+
+
+def _head(prefix: str, model: str) -> Head:
+    return Head(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+
+
+async def _answer(body: GenerationRequest, request: Request, choices: Choices, form: Format) -> Response:
+    headers = {"x-ignored-fields": body.ignored_fields} if body.ignored_fields else {}
+    if body.stream:
+        return EventStream(_frames(choices, form, body.include_usage), headers)
+    try:
+        whole = await until_client_leaves(request.receive, _whole(choices, form))
+    except ClientLeft:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(whole, headers=headers, media_type="application/json")
+
+
+async def _whole(choices: Choices, form: Format) -> bytes:
+    texts: dict[int, str] = {}  # choice -> text so far
+    finishes: dict[int, FinishReason | None] = {}
+    async with choices:
+        async for piece in choices:
+            texts[piece.index] = texts.get(piece.index, "") + piece.text
+            finishes[piece.index] = piece.finish
+    return form.whole([(texts[index], finishes[index]) for index in sorted(texts)], choices.usage())
+
+
+async def _frames(choices: Choices, form: Format, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """One frame per piece, sent when it comes; the first thing of each choice is its opening."""
+    opened: set[int] = set()
+    async with choices:
+        async for piece in choices:
+            index, frame = piece.index, b""
+            if index not in opened:
+                opened.add(index)
+                frame += form.opening(index)
+            if piece.text:
+                frame += form.text(index, piece.text)
+            if piece.finish:
+                frame += form.finish(index, piece.finish)
+            yield frame
+    yield form.usage(choices.usage()) + DONE if include_usage else DONE

@@ -1,0 +1,138 @@
+"""What /metrics says: this router's own counts and times, and the last word of every worker and store it knows.
+
+Worker and store values are read when Prometheus asks and are never kept here, so a worker that is gone is gone from
+the page too. Worker counters start again at zero when a worker restarts, as Prometheus counters may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cluster.errors import TandemError
+from cluster.messages import Load, StoreInfo, StoreStat
+from router.outputs import WorkerLink
+
+FINISHED = "finished"
+CANCELLED = "cancelled"
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+E2E_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+WORKER_GAUGES: dict[str, tuple[str, Callable[[Load], int]]] = {
+    "tandem_worker_running": ("Sequences in the batch", lambda load: load.running),
+    "tandem_worker_waiting": ("Sequences waiting", lambda load: load.waiting),
+    "tandem_worker_waiting_tokens": ("Prompt tokens not yet computed", lambda load: load.waiting_tokens),
+    "tandem_worker_kv_blocks_used": ("KV blocks held by sequences", lambda load: load.blocks_total - load.blocks_free),
+    "tandem_worker_kv_blocks_free": ("KV blocks no sequence holds", lambda load: load.blocks_free),
+    "tandem_worker_kv_blocks_cached": ("Free KV blocks a prefix hit can use", lambda load: load.blocks_cached),
+    "tandem_worker_kv_blocks": ("KV blocks in all", lambda load: load.blocks_total),
+}
+WORKER_COUNTERS: dict[str, tuple[str, Callable[[Load], float]]] = {
+    "tandem_steps": ("Engine steps", lambda load: load.steps_total),
+    "tandem_prompt_tokens": ("Prompt tokens computed", lambda load: load.prompt_tokens_total),
+    "tandem_cached_tokens": ("Prompt tokens found in a cache", lambda load: load.cached_tokens_total),
+    "tandem_output_tokens": ("Tokens generated", lambda load: load.output_tokens_total),
+    "tandem_preemptions": ("Sequences preempted", lambda load: load.preemptions_total),
+    "tandem_handoff_bytes": ("KV bytes copied from a store", lambda load: load.handoff_bytes_total),
+    "tandem_handoff_seconds": ("Time spent copying KV", lambda load: load.handoff_seconds_total),
+    "tandem_handoff_failures": ("Handoffs that were recomputed", lambda load: load.handoff_failures_total),
+}
+STORE_STATES = ("free", "reserved", "held", "cached", "quarantined")
+STORE_COUNTERS: dict[str, tuple[str, Callable[[StoreStat], int]]] = {
+    "tandem_store_sealed_bytes": ("KV bytes sealed", lambda stat: stat.sealed_bytes_total),
+    "tandem_store_evictions": ("Blocks evicted", lambda stat: stat.evictions_total),
+    "tandem_store_expired": ("Holds that ran out", lambda stat: stat.expired_total),
+}
+
+StoreStats = Iterable[tuple[StoreInfo, StoreStat | None]]
+
+
+class Metrics:
+    """One router's registry. A request is counted once, when it ends: finished, cancelled, or an error's code."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "tandem_requests", "Generation requests by how they ended", ["outcome"], registry=self._registry
+        )
+        self.ttft = Histogram(
+            "tandem_time_to_first_token_seconds", "Arrival to first token, per choice",
+            buckets=TTFT_BUCKETS_S, registry=self._registry,
+        )  # fmt: skip
+        self.itl = Histogram(
+            "tandem_inter_token_latency_seconds", "Time between tokens, per delivery",
+            buckets=ITL_BUCKETS_S, registry=self._registry,
+        )  # fmt: skip
+        self.e2e = Histogram(
+            "tandem_request_seconds", "Arrival to end of requests that finished",
+            buckets=E2E_BUCKETS_S, registry=self._registry,
+        )  # fmt: skip
+
+    def ended(self, outcome: str) -> None:
+        self._requests.labels(outcome).inc()
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Around what happens before a request is admitted."""
+        try:
+            yield
+        except TandemError as error:
+            self.ended(error.code)
+            raise
+
+    def page(self, links: Iterable[WorkerLink], stores: StoreStats) -> bytes:
+        """The page in Prometheus text format."""
+        fleet = CollectorRegistry()
+        fleet.register(_Fleet(list(links), list(stores)))
+        return generate_latest(self._registry) + generate_latest(fleet)
+
+
+class _Fleet(Collector):
+    """Workers and stores as they are at one scrape."""
+
+    def __init__(self, links: list[WorkerLink], stores: list[tuple[StoreInfo, StoreStat | None]]) -> None:
+        self._links = links
+        self._stores = stores
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._workers()
+        yield from self._store_states()
+
+    def _workers(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("tandem_worker_up", "1 while the worker is connected", labels=["worker", "role"])
+        for link in self._links:
+            up.add_metric([link.info.id, link.role], float(link.alive))
+        yield up
+        loads = [([link.info.id], link.load) for link in self._links if link.load is not None]
+        for name, (documentation, gauge) in WORKER_GAUGES.items():
+            family = GaugeMetricFamily(name, documentation, labels=["worker"])
+            for labels, load in loads:
+                family.add_metric(labels, gauge(load))
+            yield family
+        for name, (documentation, counter) in WORKER_COUNTERS.items():
+            counters = CounterMetricFamily(name, documentation, labels=["worker"])
+            for labels, load in loads:
+                counters.add_metric(labels, counter(load))
+            yield counters
+
+    def _store_states(self) -> Iterator[Metric]:
+        slabs = GaugeMetricFamily("tandem_store_slabs", "Slabs by state", labels=["store", "state"])
+        up = GaugeMetricFamily("tandem_store_up", "1 when the store answered", labels=["store"])
+        stats = [([store.id], stat) for store, stat in self._stores if stat is not None]
+        for store, stat in self._stores:
+            up.add_metric([store.id], float(stat is not None))
+        for labels, stat in stats:
+            for state in STORE_STATES:
+                slabs.add_metric([*labels, state], getattr(stat, state))
+        yield up
+        yield slabs
+        for name, (documentation, counter) in STORE_COUNTERS.items():
+            family = CounterMetricFamily(name, documentation, labels=["store"])
+            for labels, stat in stats:
+                family.add_metric(labels, counter(stat))
+            yield family

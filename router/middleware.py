@@ -1,0 +1,103 @@
+"""What happens to every HTTP request before a route sees it, as plain ASGI: an id, the key, the size of the body.
+
+Pure ASGI because wrappers that buffer or re-task responses break streaming and cancellation. Each layer is one class
+with one job; the order (id, then key, then size) is `router/app.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import BodyTooLarge, Unauthorized
+from router.http_errors import response
+
+MAX_REQUEST_ID = 128
+_NOT_IN_ID = re.compile(r"[^A-Za-z0-9._-]")
+
+
+class RequestId:
+    """Puts `request_id` into the request's state and on its response: the client's own, made harmless, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = _NOT_IN_ID.sub("", Headers(scope=scope).get("x-request-id", ""))[:MAX_REQUEST_ID]
+        request_id = given or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class ApiKeys:
+    """Asks for a bearer key under /v1 and puts the `tenant` into the state: the key's digest, or empty."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            tenant = ""
+            if self._digests and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
+                digest = self._match(Headers(scope=scope).get("authorization", ""))
+                if digest is None:
+                    error = Unauthorized("send a valid API key as `Authorization: Bearer KEY`")
+                    await response(error)(scope, receive, send)
+                    return
+                tenant = digest.hex()
+            scope.setdefault("state", {})["tenant"] = tenant
+        await self._app(scope, receive, send)
+
+    def _match(self, header: str) -> bytes | None:
+        scheme, _, key = header.partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        found = None
+        for known in self._digests:  # every key is compared, so that time tells nothing
+            if hmac.compare_digest(digest, known) and scheme.lower() == "bearer":
+                found = known
+        return found
+
+
+class BodyLimit:
+    """Refuses larger bodies before anything parses them: by their declared length, else while they arrive."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        too_large = BodyTooLarge(f"the body is larger than this server's limit of {self._limit} bytes")
+        if len(declared) > len(str(self._limit)) or (declared.isdecimal() and int(declared) > self._limit):
+            await response(too_large)(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._limit:
+                raise too_large
+            return message
+
+        await self._app(scope, counted, send)

@@ -1,0 +1,95 @@
+"""The runner that computes: weights, KV cache and decoder of one worker, behind `workers.runner.Runner`.
+
+Owns no policy and keeps no sequence: a step's chunks go in, tokens come out, and all that stays is the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluster.errors import ModelError
+from kvstore.layout import Layout
+from workers.architecture import Architecture, layout, load_architecture
+from workers.batch import build_batch
+from workers.cache import KvCache
+from workers.model import Decoder
+from workers.rope import rope_table
+from workers.runner import Chunk
+from workers.sampling import Draw, sample
+from workers.weights import load_weights
+
+MIB = 2**20
+
+
+class ModelRunner:
+    def __init__(
+        self, architecture: Architecture, decoder: Decoder, cache: KvCache, block_layout: Layout, max_context: int
+    ) -> None:
+        self.architecture = architecture
+        self.layout = block_layout
+        self.num_blocks = cache.blocks.shape[0]
+        self.vocab_size = architecture.vocab_size
+        self.max_context = max_context
+        self._decoder = decoder
+        self._cache = cache
+        self._windows = sorted(set(architecture.windows))
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        dtype: str,  # float32 or bfloat16: weights, activations and KV
+        block_size: int,  # tokens
+        kv_memory_bytes: int,
+        max_context: int,  # tokens; 0: the model's own limit
+        progress: Callable[[float], None] | None = None,
+        device: str = "cpu",
+    ) -> ModelRunner:
+        """Raises ModelError when the model cannot be served with these settings, saying which would do."""
+        architecture = load_architecture(directory)
+        block_layout = layout(architecture, dtype, block_size)
+        max_context = _context(architecture, max_context)
+        num_blocks = _blocks(block_layout, kv_memory_bytes, max_context)
+        place, torch_dtype = torch.device(device), getattr(torch, dtype)
+        with torch.inference_mode():
+            weights = load_weights(directory, architecture, torch_dtype, place, progress)
+            table = rope_table(architecture.rope, architecture.head_dim, max_context, torch_dtype).to(place)
+            cache = KvCache(block_layout, num_blocks, place)
+        return cls(architecture, Decoder(architecture, weights, table), cache, block_layout, max_context)
+
+    def run(self, chunks: list[Chunk]) -> list[int | None]:
+        with torch.inference_mode():
+            batch = build_batch(chunks, self.layout, self._windows, self._cache.blocks.device)
+            logits = self._decoder.forward(batch, self._cache)
+            tokens: list[int | None] = [None] * len(chunks)
+            if logits is not None:
+                sequences = [chunks[index].sequence for index in batch.sampled]
+                draws = [Draw(s.generation.sampling, s.tokens, s.prompt_length) for s in sequences]
+                for index, token in zip(batch.sampled, sample(logits, draws), strict=True):
+                    tokens[index] = token
+            return tokens
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        return self._cache.bytes_of(index)
+
+
+def _context(architecture: Architecture, wanted: int) -> int:
+    if wanted > architecture.max_context:
+        raise ModelError(f"max_context {wanted} exceeds the model's limit; use at most {architecture.max_context}")
+    return wanted or architecture.max_context
+
+
+def _blocks(block_layout: Layout, memory: int, max_context: int) -> int:
+    """How many blocks the memory holds: at least one longest sequence."""
+    blocks, needed = memory // block_layout.block_bytes, -(-max_context // block_layout.tokens)
+    if blocks < needed:
+        raise ModelError(
+            f"kv_memory of {memory / MIB:.0f} MiB holds {blocks * block_layout.tokens} tokens, fewer than one sequence "
+            f"of {max_context}; lower max_context to that or set kv_memory to {needed * block_layout.block_bytes} or more"
+        )
+    return blocks

@@ -1,0 +1,136 @@
+"""The next token, as a pure function of (logits, sampling parameters, the tokens so far).
+
+    penalties and logit_bias -> min_tokens -> temperature -> min-p -> top-k -> top-p -> draw
+
+Each filter is a floor under the logits, so ties live or die together and the result does not depend on any order.
+Rows are sampled one at a time, except that greedy rows without adjustments share one argmax: a token never depends on
+who else is in the batch. Stop strings are text and belong to the router.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.messages import FinishReason, Sampling
+from kernels.sampling import gumbel
+
+GREEDY_TEMPERATURE = 1e-5  # below this a softmax is an argmax in fp32 anyway
+CANDIDATES = 1024  # top-p looks at this many tokens first: sorting a whole vocabulary takes 30 times as long
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One row to sample: the next of `tokens`, of which the first `prompt_length` are the prompt."""
+
+    sampling: Sampling
+    tokens: Sequence[int]
+    prompt_length: int
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_TEMPERATURE or self.sampling.top_k == 1
+
+    @property
+    def adjusted(self) -> bool:
+        """Something changes the logits before they are compared."""
+        s = self.sampling
+        penalised = s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
+        return penalised or bool(s.logit_bias) or len(self.tokens) - self.prompt_length < s.min_tokens
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:  # [R, V]
+    """One token per row."""
+    logits = logits.float()  # argmax over bf16 takes four times as long as the cast and an argmax over fp32
+    plain = [draw.greedy and not draw.adjusted for draw in draws]
+    best = logits.argmax(-1).tolist() if any(plain) else []
+    return [
+        best[row] if plain[row] else _sample_row(_adjust(logits[row], draw), draw) for row, draw in enumerate(draws)
+    ]
+
+
+def finish(sampling: Sampling, tokens: Sequence[int], prompt_length: int, max_context: int) -> FinishReason | None:
+    """Why generation ends with the last of `tokens`, if it does."""
+    new_tokens = len(tokens) - prompt_length
+    if new_tokens > sampling.min_tokens and tokens[-1] in sampling.stop_token_ids:
+        return "stop"
+    if new_tokens >= sampling.max_tokens or len(tokens) >= max_context:
+        return "length"
+    return None
+
+
+def _sample_row(logits: Tensor, draw: Draw) -> int:  # [V]
+    if draw.greedy:
+        return int(logits.argmax())
+    values, token_ids = _keep(logits / draw.sampling.temperature, draw.sampling)
+    noise = gumbel(draw.sampling.seed, len(draw.tokens), token_ids)
+    return int(token_ids[(values + noise).argmax()])
+
+
+def _adjust(logits: Tensor, draw: Draw) -> Tensor:  # [V] -> [V]
+    if not draw.adjusted:
+        return logits
+    s, vocab_size = draw.sampling, logits.shape[0]
+    logits = logits.clone()
+    if s.repetition_penalty != 1.0:
+        seen = torch.from_numpy(np.unique(np.asarray(draw.tokens, np.int64)))
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+    output = np.asarray(draw.tokens[draw.prompt_length :], np.int64)
+    if output.size and (s.frequency_penalty or s.presence_penalty):
+        written, counts = np.unique(output, return_counts=True)
+        logits[torch.from_numpy(written)] -= s.frequency_penalty * torch.from_numpy(counts) + s.presence_penalty
+    # ids that a tokenizer knows and the model has no logit for are legal here: they cannot be drawn anyway
+    for token, bias in s.logit_bias:
+        if token < vocab_size:
+            logits[token] += bias
+    if len(output) < s.min_tokens:
+        logits[[token for token in s.stop_token_ids if token < vocab_size]] = -math.inf
+    return logits
+
+
+def _keep(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:  # [V] -> values [N], token ids [N]
+    """What survives min-p, top-k and top-p. Each filters, and takes shares of, what the one before it left."""
+    floor = float(logits.max()) + math.log(s.min_p) if s.min_p > 0 else -math.inf
+    vocab_size = logits.shape[0]
+    if s.top_k == 0 and s.top_p >= 1.0:
+        return _at_least(logits, torch.arange(vocab_size, device=logits.device), floor)
+    for count in (min(CANDIDATES, vocab_size), vocab_size):
+        values, token_ids = logits.topk(count)  # descending
+        lowest = _ranked_floor(values, logits, floor, s)
+        if lowest > float(values[-1]) or count == vocab_size:
+            break
+    return _at_least(values, token_ids, lowest)
+
+
+def _ranked_floor(values: Tensor, logits: Tensor, floor: float, s: Sampling) -> float:
+    """The floor that top-k and top-p add; at most values[-1] means that more candidates are needed to tell.
+
+    values [N]: the largest logits, descending.
+    """
+    everything = logits
+    if 0 < s.top_k < logits.shape[0]:
+        if s.top_k > len(values):
+            return -math.inf
+        floor = max(floor, float(values[s.top_k - 1]))
+        everything = values  # the mass of what top-k leaves
+    if s.top_p >= 1.0:
+        return floor
+    peak = values[0]
+    mass = (everything - peak).exp_().masked_fill_(everything < floor, 0.0).sum(dtype=torch.float64)
+    reached = (values - peak).exp_().cumsum(0, dtype=torch.float64) >= s.top_p * mass
+    if not reached.any():
+        return -math.inf if floor <= float(values[-1]) else floor
+    return max(floor, float(values[int(reached.int().argmax())]))
+
+
+def _at_least(values: Tensor, token_ids: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    if floor == -math.inf:
+        return values, token_ids
+    kept = values >= floor
+    return values[kept], token_ids[kept]
