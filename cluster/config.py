@@ -45,14 +45,14 @@ class Config(pydantic.BaseModel):
     prefill: int = Field(1, ge=0, le=1024, description="prefill workers; 0: decode workers do both")
     decode: int = Field(1, ge=1, le=1024, description="decode workers")
     threads: int = Field(0, ge=0, description="CPU threads per worker; 0: cores / workers")
-    runner: Literal["torch", "sim"] = Field("torch", description="sim: no weights, deterministic tokens, modelled timings")
+    runner: Literal["torch", "sim"] = Field("torch", description="sim: no weights, tokens from a hash")
     sim_step_ms: float = Field(0.0, ge=0, description="sim runner: milliseconds of any step")
     sim_token_ms: float = Field(0.0, ge=0, description="sim runner: milliseconds per computed token")
 
     # KV blocks
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
     kv_memory: int = Field(0, ge=0, description="KV cache per worker; 0: an eighth of the memory that is free")
-    store_memory: int = Field(0, ge=0, description="arena of a node's block store; 0: a quarter of the free shared memory")
+    store_memory: int = Field(0, ge=0, description="arena of a block store; 0: a quarter of the free shared memory")
     redis_url: str = Field("", description="redis://... of the index; empty: start the embedded server")
 
     # scheduling

@@ -42,8 +42,9 @@ class Server:
 
     def __init__(self, secret: str, unary: Mapping[str, Unary], streams: Mapping[str, Stream]) -> None:
         self._secret = secret.encode()
-        handlers = {name: grpc.unary_unary_rpc_method_handler(self._unary(f), decode, encode) for name, f in unary.items()}
-        handlers |= {name: grpc.unary_stream_rpc_method_handler(self._stream(f), decode, encode) for name, f in streams.items()}
+        one, many = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        handlers = {name: one(self._unary(handler), decode, encode) for name, handler in unary.items()}
+        handlers |= {name: many(self._stream(handler), decode, encode) for name, handler in streams.items()}
         self._server = grpc.aio.server(options=OPTIONS)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 

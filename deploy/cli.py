@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,12 +22,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from cluster.config import Config, load, resolved
-from cluster.errors import StartupError, TandemError
+from cluster.errors import StartupError
 from deploy.environment import prepare
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 STATUS_S = 5.0
+MODEL_HELP = "GGUF file, Hugging Face directory or hub id [default: the demo model]"
 
 
 class Stop(Exception):
@@ -37,7 +37,7 @@ class Stop(Exception):
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Argument(help="GGUF file, Hugging Face directory or hub id [default: demo model]")] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen on, 0 for a free one [default: 8000]")] = None,
@@ -58,8 +58,7 @@ def serve(
     except (Stop, KeyboardInterrupt):
         console.print("stopped")
     except StartupError as error:
-        Console(stderr=True).print(f"tandem: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        _fail(error.message)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -87,7 +86,8 @@ def _serve(config: Config) -> None:
         model = resolve(config.model, lambda fraction: report("converting the model (once)", fraction))
         with deployment(config, model, report) as running:
             progress.stop()
-            example = json.dumps({"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0})
+            question = {"role": "user", "content": "What is the capital of France?"}
+            example = json.dumps({"messages": [question], "temperature": 0})
             console.print(
                 Panel.fit(
                     f"[bold]{running.model_name}[/] at [bold]{running.url}/v1[/]   {config.dtype}, "
@@ -95,7 +95,8 @@ def _serve(config: Config) -> None:
                     title="Tandem is ready",
                 )
             )
-            print(f"curl {running.url}/v1/chat/completions -H 'content-type: application/json' -d '{example}'", flush=True)
+            command = f"curl {running.url}/v1/chat/completions -H 'content-type: application/json' -d '{example}'"
+            console.print(command, markup=False, highlight=False, soft_wrap=True)  # whole, to be pasted
             threading.Event().wait()
 
 
@@ -106,29 +107,33 @@ def status(url: Annotated[str, typer.Option(help="a running deployment")] = "htt
         with urllib.request.urlopen(f"{url.rstrip('/')}/status", timeout=STATUS_S) as response:
             state: dict[str, Any] = json.load(response)
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        Console(stderr=True).print(f"tandem: no deployment answers at {url} ({reason}); is `tandem serve` running?", style="red")
-        raise typer.Exit(1) from None
-    console.print(_workers(state), _stores(state), f"redis: {'reachable' if state['redis'] else 'NOT reachable'}")
+        _fail(f"no deployment answers at {url} ({getattr(error, 'reason', error)}); is `tandem serve` running?")
+    console.print(_workers(state), _stores(state), f"Redis is {state['redis']}")
 
 
 @app.command()
 def bench(
-    model: Annotated[str | None, typer.Argument(help="GGUF file, Hugging Face directory or hub id [default: demo model]")] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
     sections: Annotated[str, typer.Option(help="comma-separated: engine, serve")] = "engine,serve",
     out: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """Measure this machine's limits and Tandem against them, in one run."""
-    config = resolved(load(None, {}, {"model": model or "", "dtype": dtype, "prefill": 0}))
+    try:
+        _bench(model or "", dtype, sections.split(","), out)
+    except StartupError as error:
+        _fail(error.message)
+
+
+def _bench(model: str, dtype: str, sections: list[str], out: Path | None) -> None:
+    config = resolved(load(None, {}, {"model": model, "dtype": dtype, "prefill": 0}))
     os.environ["OMP_NUM_THREADS"] = str(config.threads)  # before torch is imported
     from deploy.bench.run import SECTIONS, run
     from deploy.models import resolve
 
-    chosen = sections.split(",")
-    if unknown := set(chosen) - set(SECTIONS):
+    if unknown := set(sections) - set(SECTIONS):
         raise StartupError(f"unknown section {unknown.pop()!r}; there are {', '.join(SECTIONS)}")
-    run(resolve(config.model, lambda _: None).directory, config, chosen, out, console)
+    run(resolve(config.model, lambda _: None).directory, config, sections, out, console)
 
 
 def _workers(state: dict[str, Any]) -> Table:
@@ -136,27 +141,29 @@ def _workers(state: dict[str, Any]) -> Table:
     for column in ("id", "role", "node", "pid", "running", "waiting", "KV blocks used"):
         table.add_column(column)
     for w in state["workers"]:
-        table.add_row(
-            w["id"], w["role"], w["node"], str(w["pid"]), str(w["running"]), str(w["waiting"]),
-            f"{w['blocks_total'] - w['blocks_free']} / {w['blocks_total']}",
-        )  # fmt: skip
+        load = (str(w["running"]), str(w["waiting"]), f"{w['kv_blocks_used']} / {w['kv_blocks']}")
+        table.add_row(w["id"], w["role"], w["node"], str(w["pid"]), *(load if w["connected"] else ("lost", "", "")))
     return table
 
 
 def _stores(state: dict[str, Any]) -> Table:
     table = Table(title="block stores")
-    for column in ("id", "node", "pid", "slabs", "free", "reserved", "held", "cached", "quarantined"):
+    states = ("slabs", "free", "reserved", "held", "cached", "quarantined")
+    for column in ("id", "node", "pid", *states):
         table.add_column(column)
     for s in state["stores"]:
-        table.add_row(*(str(s[name]) for name in ("id", "node", "pid", "slabs", "free", "reserved", "held", "cached", "quarantined")))
+        slabs = [str(s["slabs"][name]) for name in states] if s["answers"] else ["lost"]
+        table.add_row(s["id"], s["node"], str(s["pid"]), *slabs)
     return table
 
 
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"tandem: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
 def main() -> None:
-    try:
-        app()
-    except TandemError as error:
-        sys.exit(f"tandem: {error.message}")
+    app()
 
 
 if __name__ == "__main__":

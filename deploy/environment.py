@@ -1,4 +1,4 @@
-"""Environment variables that Ray reads when it is imported: set before `deploy.launch` is, and inherited by its processes.
+"""Environment variables that Ray reads when it is imported: set before that, and inherited by its processes.
 
 Paths and ports of their own let several deployments live on one machine.
 """

@@ -9,6 +9,8 @@ everything that was started before it is stopped.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
 import secrets
 import socket
@@ -38,7 +40,7 @@ from kvstore.redis_server import EmbeddedRedis, ping
 from router.settings import RouterSettings
 from workers.architecture import Architecture, load_architecture
 from workers.architecture import layout as model_layout
-from workers.digest import file_digest, weights_digest
+from workers.digest import weights_digest
 from workers.sim import sim_layout
 from workers.worker import WorkerSettings
 
@@ -67,7 +69,8 @@ def check_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise StartupError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+            reason = f"{host}:{port} cannot be listened on ({error.strerror})"
+            raise StartupError(f"{reason}; choose another with --port") from None
         return int(probe.getsockname()[1])
 
 
@@ -91,14 +94,13 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         if len(nodes) > 1 and not config.redis_url:
             raise StartupError("several nodes need a Redis that all of them reach; give one with --redis-url")
         key = model_key(config, model.directory, architecture)
-        layout = block_layout(config, architecture)
         identity = Identity(key.namespace, redis_url, secret, LOOPBACK if starts_ray() else "")
         stores = [_store(stack, config, node["NodeID"], block_layout(config, architecture), identity) for node in nodes]
         workers = []
         for role, count in _roles(config):
             for index in range(count):
-                settings = WorkerSettings(f"{role}-{index}", role, key, max_context, identity, config)
-                workers.append(_worker(stack, settings, model.directory))
+                duty = WorkerSettings(f"{role}-{index}", role, key, max_context, identity, config)
+                workers.append(_worker(stack, duty, model.directory))
         report("starting the HTTP front door", 0.0)
         stack.callback(serve.shutdown)
         serve.start(http_options={"host": config.host, "port": port})
@@ -123,7 +125,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
 
 def model_key(config: Config, directory: Path, architecture: Architecture) -> ModelKey:
     """What block hashes are rooted in: two deployments share KV only when all of it is equal."""
-    tokenizer = file_digest(directory / "tokenizer.json")
+    tokenizer = hashlib.sha256((directory / "tokenizer.json").read_bytes()).digest()
     weights = b"sim" if config.runner == "sim" else weights_digest(directory)
     return ModelKey(model=weights, tokenizer=tokenizer, dtype=config.dtype, block_size=config.block_size)
 
@@ -137,7 +139,7 @@ def block_layout(config: Config, architecture: Architecture) -> Layout:
 def _max_context(config: Config, architecture: Architecture) -> int:
     if config.max_context > architecture.max_context:
         raise StartupError(
-            f"max_context {config.max_context} is more than the model's {architecture.max_context}; lower --max-context"
+            f"max_context {config.max_context} is above the model's {architecture.max_context}; lower --max-context"
         )
     return config.max_context or architecture.max_context
 
@@ -162,7 +164,7 @@ def _ray(config: Config) -> Iterator[None]:
         }
     try:
         address = os.environ.get("RAY_ADDRESS", "local")
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise StartupError(f"cannot start or join Ray ({address}): {str(error).splitlines()[0]}") from None
     try:
@@ -242,10 +244,6 @@ def _await_health(url: str) -> None:
 
 def _stop_actor(actor: Any) -> None:
     """Ask it to stop, then make sure."""
-    try:
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # dead or stuck: killed next
         ray.get(actor.stop.remote(), timeout=STOP_S)
-    except (ray.exceptions.RayError, TimeoutError):
-        pass  # it is dead or stuck: killed next
     ray.kill(actor)
-
-

@@ -1,0 +1,1 @@
+"""Functions on tensors: a plain reference of each operation and the fast form the engine calls."""

@@ -38,6 +38,11 @@ def _aligned(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
+def machine_id() -> str:
+    """Equal on two processes exactly when they run under the same kernel since the same boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 class Arena:
     """A mapped arena file. Use `create` in the store that owns it and `attach` everywhere else."""
 
@@ -46,14 +51,14 @@ class Arena:
         self._descriptor = descriptor
         self._owner = owner
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        mapped = np.frombuffer(mmap.mmap(descriptor, 0, access=access), np.uint8)
+        mapped = mmap.mmap(descriptor, 0, access=access)
         magic, self.epoch, self.fingerprint, self.slabs, self.slab_bytes = _HEADER.unpack_from(mapped)
         if magic != MAGIC:
             raise StoreError(f"{path} is not an arena of this version; are all processes on the same Tandem?")
         self._stride = _aligned(self.slab_bytes, _ALIGN)
         self._first = _first_slab(self.slabs)
-        self._bytes = mapped
-        self._generations = mapped[_HEADER.size : _HEADER.size + 8 * self.slabs].view(np.uint64)
+        self._bytes = np.frombuffer(mapped, np.uint8)
+        self._generations = self._bytes[_HEADER.size : _HEADER.size + 8 * self.slabs].view(np.uint64)
         self._committed: set[int] = set()
 
     @classmethod
@@ -75,14 +80,12 @@ class Arena:
         except OSError as error:
             path.unlink()
             os.close(descriptor)
-            raise StartupError(
-                f"cannot create the store's arena {path} ({error.strerror}); lower store_memory"
-            ) from None
+            raise StartupError(f"cannot create the arena {path} ({error.strerror}); lower store_memory") from None
         return cls(path, descriptor, owner=True, writable=True)
 
     @classmethod
     def attach(cls, path: Path, layout: Layout, epoch: int, *, writable: bool = False) -> Arena:
-        """Map somebody else's arena. Raises OSError, StoreError, LayoutMismatch or EpochMismatch when it is not theirs."""
+        """Map another process's arena. Raises OSError, or a StoreError when the file is not the one that was meant."""
         descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
             arena = cls(path, descriptor, owner=False, writable=writable)
@@ -115,6 +118,11 @@ class Arena:
     def set_generation(self, index: int, generation: int) -> None:
         self._generations[index] = generation
 
+    @property
+    def removed(self) -> bool:
+        """Whether the file is gone, because its owner stopped or was replaced. While mapped it still takes memory."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
     def close(self) -> None:
         """Let go of the file; the owner's is removed. Views handed out stay valid until they are dropped."""
         if self._owner:
@@ -128,7 +136,7 @@ def _first_slab(slabs: int) -> int:
 
 def _slabs_in(memory: int, layout: Layout) -> int:
     stride = _aligned(layout.block_bytes, _ALIGN)
-    slabs = (memory - mmap.PAGESIZE) // (stride + 8)
+    slabs = (memory - 2 * mmap.PAGESIZE) // (stride + 8)
     if slabs < 1:
         raise StartupError(
             f"store_memory {memory} holds no block of {layout.block_bytes} bytes; raise it, best to room for the KV of "

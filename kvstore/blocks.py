@@ -46,7 +46,7 @@ class BlockPool:
         return found
 
     def allocate(self, count: int) -> list[int] | None:
-        """That many blocks with one reference each, or None and nothing changes. Evicts only when no blank one is left."""
+        """That many blocks with one reference each, or None and nothing changes. Evicts only when none is blank."""
         if count > self.free_count:
             return None
         blocks = [self._blank.popleft() if self._blank else self._evict() for _ in range(count)]
@@ -62,7 +62,7 @@ class BlockPool:
             self._references[block] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Drop one reference on each. Tail first: a block is useless without those before it, so it is evicted sooner."""
+        """Drop one reference on each, tail first: a block is useless without those before it, so it goes sooner."""
         for block in reversed(block_ids):
             assert self._references[block] > 0, f"block {block} is freed twice"
             self._references[block] -= 1
@@ -73,7 +73,7 @@ class BlockPool:
                     self._cached[block] = None
 
     def register(self, block_id: int, name: bytes) -> None:
-        """A referenced block is full and can be hit by its hash. When another block has that hash already, that one stays."""
+        """A referenced block is full and can be hit by its hash, unless another block has that hash already."""
         assert self._references[block_id] > 0, f"block {block_id} is registered after it was freed"
         if self._hash[block_id] is None and name not in self._by_hash:
             self._hash[block_id] = name

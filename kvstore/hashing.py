@@ -54,7 +54,7 @@ class ModelKey:
 
 
 def block_hash(parent: bytes, tokens: Sequence[int], extras: Sequence[tuple[int, bytes]] = ()) -> bytes:
-    """Hash of one full block [32 bytes]. `extras` are (tag, value) of what tokens do not tell, e.g. an image's digest."""
+    """Hash of a full block [32 bytes]. `extras` are (tag, value) of what tokens do not tell: an image's digest."""
     packed = struct.pack(f"<{len(tokens)}I", *tokens)
     tail = b"".join(_COUNT.pack(tag) + _fields(value) for tag, value in sorted(extras))
     return hashlib.sha256(_BLOCK_TAG + parent + _COUNT.pack(len(tokens)) + packed + tail).digest()
@@ -75,7 +75,7 @@ def extend(hashes: list[bytes], root: bytes, tokens: Sequence[int], block_size: 
 
 
 def vectors_digest() -> bytes:
-    """Digest of what this build computes for a fixed set of inputs [8 bytes]: peers compare it before they share blocks."""
+    """Digest [8 bytes] of what this build computes for fixed inputs: peers compare it before they share blocks."""
     key = ModelKey(b"model", b"tokenizer", "float32", 4, b"lora")
     root = key.root(salt("secret", "tenant", "cache-salt"))
     chain: list[bytes] = []

@@ -65,7 +65,7 @@ def whole(layout: Layout) -> Rectangle:
 
 
 def runs(layout: Layout, rectangle: Rectangle) -> list[tuple[int, int]]:
-    """(offset, length) in bytes of the rectangle's contiguous runs within a block, in order, merged where they touch."""
+    """(offset, length) in bytes of the rectangle's contiguous runs within a block, in order, merged if they touch."""
     r, size = rectangle, layout.cell_bytes
     length = (r.layer1 - r.layer0) * size
     if r.layer1 - r.layer0 == layout.layers:  # whole heads follow each other without a gap

@@ -16,7 +16,7 @@ from typing import Any
 from locust import User, between, events, task
 from requests import Response, Session
 
-WORDS = "time people way water words day part number sound work place year back thing name sentence man line boy".split()
+WORDS = ("time", "people", "way", "water", "word", "day", "part", "number", "sound", "work", "place", "year", "back")
 PROMPT_WORDS = (8, 400)
 NEW_TOKENS = (8, 64)
 TIMEOUT_S = 120
@@ -33,7 +33,7 @@ class ChatUser(User):
     @task
     def chat(self) -> None:
         question = " ".join(random.choices(WORDS, k=random.randint(*PROMPT_WORDS)))
-        body = {
+        body: Any = {
             "messages": [{"role": "user", "content": question}],
             "max_tokens": random.randint(*NEW_TOKENS),
             "ignore_eos": True,
@@ -43,7 +43,8 @@ class ChatUser(User):
         error: Exception | None = None
         count = 0
         try:
-            with self.session.post(f"{self.host}/v1/chat/completions", json=body, stream=True, timeout=TIMEOUT_S) as response:
+            url = f"{self.host}/v1/chat/completions"
+            with self.session.post(url, json=body, stream=True, timeout=TIMEOUT_S) as response:
                 response.raise_for_status()
                 for _ in _contents(response):
                     now = time.perf_counter()
@@ -57,7 +58,7 @@ class ChatUser(User):
 
 
 def _contents(response: Response) -> Iterator[str]:
-    for line in response.iter_lines(chunk_size=None):
+    for line in response.iter_lines(chunk_size=1):
         if not line.startswith(b"data: ") or line == b"data: [DONE]":
             continue
         chunk: dict[str, Any] = json.loads(line[6:])

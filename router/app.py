@@ -18,10 +18,11 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from cluster.config import Config
+from cluster.membership import Membership
 from cluster.messages import FinishReason
 from router import http_errors
 from router.choices import Choices
-from router.fleet import Fleet, Membership
+from router.fleet import Fleet, Members
 from router.json_route import JsonRoute
 from router.metrics import Metrics
 from router.middleware import ApiKeys, BodyLimit, RequestId
@@ -35,15 +36,16 @@ from router.streaming import ClientLeft, EventStream, until_client_leaves
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but access logs show it
 
 
-def create_app(config: Config, settings: RouterSettings, membership: Membership) -> FastAPI:
-    """The router's application. `membership` tells who has registered (`cluster.membership.Membership`).
+def create_app(config: Config, settings: RouterSettings, members: Members | None = None) -> FastAPI:
+    """The router's application. `members` tells who has registered; by default the Redis of `settings` does.
 
     Connections to workers live from the application's start-up to its shutdown (ASGI lifespan). Raises ModelError when
     the model directory has no usable tokenizer.
     """
     metrics = Metrics()
     router_id = f"router-{uuid.uuid4().hex[:12]}"
-    fleet = Fleet(membership, settings.namespace, router_id, settings.cluster_secret, config.worker_timeout)
+    members = members or Membership(settings.redis_url)
+    fleet = Fleet(members, settings.namespace, router_id, settings.cluster_secret, config.worker_timeout)
     service = Service(config, settings, fleet, metrics)
 
     @asynccontextmanager
@@ -76,26 +78,26 @@ def _add_generation(app: FastAPI, service: Service, metrics: Metrics, model: str
     @app.post("/v1/chat/completions", tags=["generation"], responses=responses)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions."""
-        with metrics.counting_refusals():
-            choices = await service.chat(body, request.state.tenant, request.state.request_id)
-        return await _answer(body, request, choices, ChatFormat(_head("chatcmpl", model)))
+        choices = await service.chat(body, request.state.tenant, request.state.request_id)
+        return await _answer(body, request, choices, metrics, ChatFormat(_head("chatcmpl", model)))
 
     @app.post("/v1/completions", tags=["generation"], responses=responses)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """OpenAI's completions."""
-        with metrics.counting_refusals():
-            choices = await service.completion(body, request.state.tenant, request.state.request_id)
-        return await _answer(body, request, choices, CompletionFormat(_head("cmpl", model)))
+        choices = await service.completion(body, request.state.tenant, request.state.request_id)
+        return await _answer(body, request, choices, metrics, CompletionFormat(_head("cmpl", model)))
 
 
 def _head(prefix: str, model: str) -> Head:
     return Head(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
 
 
-async def _answer(body: GenerationRequest, request: Request, choices: Choices, form: Format) -> Response:
+async def _answer(
+    body: GenerationRequest, request: Request, choices: Choices, metrics: Metrics, form: Format
+) -> Response:
     headers = {"x-ignored-fields": body.ignored_fields} if body.ignored_fields else {}
     if body.stream:
-        return EventStream(_frames(choices, form, body.include_usage), headers)
+        return EventStream(_frames(choices, form, body.include_usage, metrics), headers)
     try:
         whole = await until_client_leaves(request.receive, _whole(choices, form))
     except ClientLeft:
@@ -113,18 +115,23 @@ async def _whole(choices: Choices, form: Format) -> bytes:
     return form.whole([(texts[index], finishes[index]) for index in sorted(texts)], choices.usage())
 
 
-async def _frames(choices: Choices, form: Format, include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _frames(choices: Choices, form: Format, include_usage: bool, metrics: Metrics) -> AsyncGenerator[bytes, None]:
     """One frame per piece, sent when it comes; the first thing of each choice is its opening."""
     opened: set[int] = set()
-    async with choices:
-        async for piece in choices:
-            index, frame = piece.index, b""
-            if index not in opened:
-                opened.add(index)
-                frame += form.opening(index)
-            if piece.text:
-                frame += form.text(index, piece.text)
-            if piece.finish:
-                frame += form.finish(index, piece.finish)
-            yield frame
+    try:
+        async with choices:
+            async for piece in choices:
+                index, frame = piece.index, b""
+                if index not in opened:
+                    opened.add(index)
+                    frame += form.opening(index)
+                if piece.text:
+                    frame += form.text(index, piece.text)
+                if piece.finish:
+                    frame += form.finish(index, piece.finish)
+                yield frame
+    except Exception as error:
+        if opened:  # the status is out already, so no error handler will count this
+            metrics.ended(http_errors.code(error))
+        raise
     yield form.usage(choices.usage()) + DONE if include_usage else DONE

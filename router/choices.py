@@ -1,7 +1,7 @@
 """All choices of one API request, generated at once: tokens become text here, and text becomes usage.
 
 Each choice is a dispatch of its own in a task of its own; their pieces meet in one queue, in the order in which they
-come. Leaving the `async with` block, for whatever reason, ends every dispatch that still runs and counts the request.
+come. Leaving the `async with` block, for whatever reason, ends every dispatch that still runs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 
-from cluster.errors import TandemError
 from cluster.messages import FinishReason
 from router.detokenizer import Detokenizer
-from router.dispatch import Delta, Request
 from router.metrics import CANCELLED, FINISHED, Metrics
+from router.request import Delta, Request
 from router.responses import Usage
 
 Serve = Callable[[Request], AsyncGenerator[Delta, None]]
@@ -70,10 +69,8 @@ class Choices:
         if error is None:
             self._metrics.ended(FINISHED)
             self._metrics.e2e.observe(time.monotonic() - self._arrival)
-        elif isinstance(error, TandemError):
-            self._metrics.ended(error.code)
-        else:
-            self._metrics.ended(TandemError.code if isinstance(error, Exception) else CANCELLED)
+        elif not isinstance(error, Exception):
+            self._metrics.ended(CANCELLED)  # errors are counted where they are answered
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Pieces until every choice has finished. Raises the first error of any choice."""

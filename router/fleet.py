@@ -24,17 +24,19 @@ STAT_TIMEOUT_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class Membership(Protocol):
+class Members(Protocol):
     """Who has registered; `cluster.membership.Membership` is one."""
 
     async def members(self, namespace: str) -> tuple[list[WorkerInfo], list[StoreInfo]]: ...
 
+    async def close(self) -> None: ...
+
 
 class Fleet:
-    """Owns one WorkerLink per known worker. Must be started and closed in the loop that serves."""
+    """Owns one WorkerLink per known worker, and the membership. Must be started and closed in the loop that serves."""
 
     def __init__(
-        self, membership: Membership, namespace: str, router_id: str, secret: str, worker_timeout_s: float
+        self, membership: Members, namespace: str, router_id: str, secret: str, worker_timeout_s: float
     ) -> None:
         self.redis_reachable = False
         self.stores: tuple[StoreInfo, ...] = ()
@@ -57,6 +59,7 @@ class Fleet:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await asyncio.gather(*(link.close() for link in self._links.values()))
+        await self._membership.close()
 
     @property
     def running(self) -> bool:

@@ -24,14 +24,18 @@ MAX_ECHO = 200
 RETRY_AFTER_S = 2.0  # for retriable errors that give no estimate of their own
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 
+INTERNAL = TandemError("internal error; the x-request-id of this response finds it in the router's log")
+
 log = logging.getLogger(__name__)
+
+
+def code(error: Exception) -> str:
+    return error.code if isinstance(error, TandemError) else TandemError.code
 
 
 def body(error: Exception) -> dict[str, Any]:
     """OpenAI's error object for any exception."""
-    known = (
-        error if isinstance(error, TandemError) else TandemError("internal error; the request id finds it in the log")
-    )
+    known = error if isinstance(error, TandemError) and error.status != 500 else INTERNAL
     fields = {"message": known.message, "type": known.type, "param": known.param, "code": known.code}
     return {"error": fields}
 
@@ -54,21 +58,27 @@ def stream_end(error: Exception) -> bytes:
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Make `app` answer every error through this file."""
 
-    async def tandem_error(_: Request, error: Exception) -> Response:
-        return response(error)
+    def counted(request: Request, error: Exception) -> Response:
+        if request.url.path in GENERATION_PATHS:
+            metrics.ended(code(error))
+        answer = response(error)
+        if answer.status_code >= 500:
+            log.error("request %s failed: %r", request.state.request_id, error)
+        return answer
+
+    async def tandem_error(request: Request, error: Exception) -> Response:
+        return counted(request, error)
 
     async def validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        if request.url.path in GENERATION_PATHS:
-            metrics.ended(InvalidRequest.code)
-        return response(_from_validation(request, error))
+        return counted(request, _from_validation(request, error))
 
     async def http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _from_http(request, error)
 
     async def bug(request: Request, error: Exception) -> Response:
-        answer = response(error)
+        answer = counted(request, error)
         answer.headers["x-request-id"] = request.state.request_id
         return answer
 

@@ -7,13 +7,11 @@ the page too. Worker counters start again at zero when a worker restarts, as Pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cluster.errors import TandemError
 from cluster.messages import Load, StoreInfo, StoreStat
 from router.outputs import WorkerLink
 
@@ -75,15 +73,6 @@ class Metrics:
 
     def ended(self, outcome: str) -> None:
         self._requests.labels(outcome).inc()
-
-    @contextmanager
-    def counting_refusals(self) -> Iterator[None]:
-        """Around what happens before a request is admitted."""
-        try:
-            yield
-        except TandemError as error:
-            self.ended(error.code)
-            raise
 
     def page(self, links: Iterable[WorkerLink], stores: StoreStats) -> bytes:
         """The page in Prometheus text format."""

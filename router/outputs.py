@@ -62,8 +62,8 @@ class WorkerLink:
         self._timeout_s = timeout_s
         self._client = Client(info.address, secret)
         self._legs: dict[str, Events] = {}  # generation id -> the queue of its dispatch
-        self._submitting: dict[str, int] = {}  # generation id -> prompt tokens, Submit not answered
-        self._unreported: list[int] = []  # the same for jobs accepted since the last frame
+        self._sent: dict[str, int] = {}  # generation id -> tokens to compute, of jobs no report knows of yet
+        self._accepted: set[str] = set()  # those of them that the next report will know of
         self._closing = False
         self._task = asyncio.create_task(self._run(), name=f"outputs of {info.id}")
 
@@ -83,28 +83,28 @@ class WorkerLink:
     @property
     def pending(self) -> int:
         """Requests sent that the last report does not know of."""
-        return len(self._submitting) + len(self._unreported)
+        return len(self._sent)
 
     def view(self) -> WorkerView:
         assert self.load is not None, "only a live worker has a view"
-        sent_tokens = sum(self._submitting.values()) + sum(self._unreported)
+        sent_tokens = sum(self._sent.values())
         return WorkerView(self.info.id, self.role, self.load.running, self.load.waiting_tokens, sent_tokens)
 
-    def attach(self, leg_id: str, events: Events) -> None:
-        """From now on what this worker says about `leg_id` goes to `events`."""
-        self._legs[leg_id] = events
+    def attach(self, job: PrefillJob | DecodeJob, events: Events) -> None:
+        """From now on what this worker says about the job goes to `events`, and the job counts as load."""
+        generation = job.generation
+        follows = isinstance(job, DecodeJob) and job.handoff is not None
+        self._legs[generation.id] = events
+        self._sent[generation.id] = 1 if follows else len(generation.prompt) + len(generation.output)
 
     def detach(self, leg_id: str) -> None:
         self._legs.pop(leg_id, None)
+        self._sent.pop(leg_id, None)
 
     async def submit(self, job: PrefillJob | DecodeJob) -> Handoff | None:
-        """Hand over a job whose leg is attached. Raises the worker's refusal, WorkerLost or DeadlineExceeded."""
+        """Hand over a job that is attached. Raises the worker's refusal, WorkerLost or DeadlineExceeded."""
         if not self.alive:
             raise WorkerLost(f"worker {self.info.id} is not connected")
-        generation = job.generation
-        follows = isinstance(job, DecodeJob) and job.handoff is not None
-        cost = 1 if follows else len(generation.prompt) + len(generation.output)
-        self._submitting[generation.id] = cost
         try:
             answer = await self._client.call("Submit", Submit(self._router_id, job), SUBMIT_TIMEOUT_S)
         except Unavailable as error:  # the client is told who, not where; where is in the log
@@ -113,11 +113,9 @@ class WorkerLink:
             if self._closing:  # closing the channel cancels its calls; this request was not cancelled
                 raise WorkerLost(f"worker {self.info.id} left the fleet") from None
             raise
-        finally:
-            del self._submitting[generation.id]
         match answer:
             case Accepted(handoff):
-                self._unreported.append(cost)
+                self._accepted.add(job.generation.id)
                 return handoff
             case Refused(code, message, retry_after_ms):
                 raise _error(code, message, retry_after_ms / 1000 or None)
@@ -168,7 +166,9 @@ class WorkerLink:
 
     def _take(self, frame: StepOutput) -> None:
         self.load = frame.load
-        self._unreported.clear()
+        for leg_id in self._accepted:
+            self._sent.pop(leg_id, None)
+        self._accepted.clear()
         for output in frame.outputs:
             events = self._legs.get(output.id)
             if events is None:
@@ -180,7 +180,8 @@ class WorkerLink:
 
     def _lose(self, error: WorkerLost) -> None:
         self.load = None
-        self._unreported.clear()
+        self._sent.clear()
+        self._accepted.clear()
         for leg_id, events in self._legs.items():
             events.put_nowait(LegFailed(leg_id, error))
         self._legs.clear()

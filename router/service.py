@@ -20,10 +20,11 @@ from cluster.messages import Sampling
 from kvstore.hashing import salt
 from router.admission import admit
 from router.choices import Choices, Plan
-from router.dispatch import Dispatcher, Request
+from router.dispatch import Dispatcher
 from router.fleet import Fleet
 from router.metrics import Metrics
 from router.openai import ChatRequest, CompletionRequest, GenerationRequest
+from router.request import Request
 from router.settings import RouterSettings
 from router.text import Text
 

@@ -1,4 +1,4 @@
-"""Runs `tandem serve` as a user would: a real process, a real port, a real end; and proves that nothing is left behind."""
+"""Runs `tandem serve` as a user would: a real process, a real port, a real end, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -55,9 +55,16 @@ class Served:
     def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, timeout=300, **options)
 
-    def complete(self, prompt: str | list[int], new: int, stream: bool = False, **more: Any) -> "Completion":
+    def complete(self, prompt: str | list[int], new: int, stream: bool = False, **more: Any) -> Completion:
         """Greedy, by token ids: what the oracle compares."""
-        body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": stream, "return_token_ids": True, **more}
+        body = {
+            "prompt": prompt,
+            "max_tokens": new,
+            "temperature": 0,
+            "stream": stream,
+            "return_token_ids": True,
+            **more,
+        }
         if not stream:
             response = self.post("/v1/completions", body)
             assert response.status_code == 200, response.text
@@ -66,7 +73,7 @@ class Served:
             return Completion(choice["text"], choice["token_ids"], choice["finish_reason"], data["usage"])
         return self._stream(body)
 
-    def _stream(self, body: dict[str, Any]) -> "Completion":
+    def _stream(self, body: dict[str, Any]) -> Completion:
         body["stream_options"] = {"include_usage": True}
         text, tokens, finish, usage, done = "", [], None, {}, False
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=300) as response:
@@ -92,8 +99,9 @@ class Served:
 
         def quiet() -> bool:
             state = self.status()
-            workers = all(w["blocks_free"] == w["blocks_total"] and not w["running"] for w in state["workers"])
-            stores = all(s["free"] + s["cached"] == s["slabs"] for s in state["stores"])
+            workers = all(w["connected"] and w["kv_blocks_used"] == w["running"] == 0 for w in state["workers"])
+            slabs = [s["slabs"] for s in state["stores"]]
+            stores = all(s["free"] + s["cached"] == s["slabs"] for s in slabs)
             return workers and stores
 
         wait_until(quiet, 40, lambda: json.dumps(self.status(), indent=1))
@@ -143,7 +151,10 @@ def serving(*arguments: str, **more: str) -> Iterator[Served]:
     with tempfile.NamedTemporaryFile("w+b", prefix="tandem-test-", suffix=".log") as output:
         start = time.monotonic()
         process = subprocess.Popen(
-            command("serve", *arguments, "--port", "0"), stdout=output, stderr=subprocess.STDOUT, env=environment(mark, **more)
+            command("serve", *arguments, "--port", "0"),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(mark, **more),
         )
         try:
             url = _await_banner(process, output)

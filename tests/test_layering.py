@@ -72,10 +72,13 @@ def test_transformers_is_not_confused_by_a_package_called_kernels() -> None:
     code = (
         "import kernels, transformers\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "c = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)\n"
+        "c = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, "
+        "vocab_size=64)\n"
         "print(LlamaForCausalLM(c).num_parameters() > 0)\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     assert out.stdout.strip() == "True"
 
 

@@ -189,5 +189,3 @@ def _edge(metadata: Metadata, tokens: list[str], name: str) -> str:
     if index is None or index >= len(tokens):
         raise ModelError(f"the GGUF file asks for a {name} token around every text but names none; download it again")
     return tokens[index]
-
-

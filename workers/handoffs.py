@@ -1,7 +1,8 @@
 """Both ends of a worker's handoffs: blocks that leave for the store, and blocks that arrive from one.
 
-Runs on the event loop; the copies themselves run in threads. A transfer's sends keep their order in a task of its own;
-a receive is a task that ends in exactly one call of `done`, cancelled or not, so the engine always gets its blocks back.
+Runs on the event loop; the copies themselves run in threads. A transfer's sends keep their order in a task of their
+own; a receive is a task that ends in exactly one call of `done`, cancelled or not, so the engine always gets its
+blocks back.
 Holds on handoffs that wait for room are renewed here, or a busy decode worker would lose them.
 """
 
@@ -10,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.config import Config
 from cluster.errors import StoreError, TandemError
 from cluster.messages import Handoff
 from kvstore.client import StoreClient
-from kvstore.transfer import HandoffReader, HandoffWriter
+from kvstore.reader import HandoffReader
+from kvstore.writer import HandoffWriter
 from workers.engine import Send
 from workers.runner import Runner
 from workers.sequence import Sequence, State
@@ -76,9 +79,14 @@ class Handoffs:
             raise StoreError("this worker has no block store yet")
         size = self._runner.layout.tokens
         hashes = sequence.hashes[: len(sequence.tokens) // size]
-        handoff = await self._writer.reserve(sequence.transfer_id, hashes, len(sequence.tokens), self._hold_ms)
+        writer = self._writer
+        try:
+            handoff = await writer.reserve(sequence.transfer_id, hashes, len(sequence.tokens), self._hold_ms)
+        except asyncio.CancelledError:  # the store may have reserved all the same
+            self._spawn(writer.revoke(sequence.transfer_id, "the router gave up"))
+            raise
         self._sends[sequence.transfer_id] = asyncio.Queue()
-        self._spawn(self._drain(sequence.transfer_id, self._writer))
+        self._spawn(self._drain(sequence.transfer_id, writer))
         return handoff
 
     def send(self, send: Send, done: Callable[[list[int]], None]) -> None:
@@ -156,7 +164,7 @@ class Handoffs:
         finally:
             done(sequence, valid, first_token)
 
-    def _spawn(self, work: asyncio._CoroutineLike[None]) -> None:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

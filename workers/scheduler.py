@@ -66,7 +66,8 @@ class Scheduler:
             arriving = sequence.handoff is not None
             # a handoff needs room for all of it at once; a prefill only for its first chunk
             take = len(sequence.tokens) - computed if arriving else min(len(sequence.tokens) - computed, budget)
-            blocks = self.pool.allocate(self._blocks(computed + take) - len(hits)) if self._room(computed + take) else None
+            needed = self._blocks(computed + take)
+            blocks = self.pool.allocate(needed - len(hits)) if self._room(needed - len(hits)) else None
             if blocks is None:
                 self.pool.free(hits)
                 break
@@ -87,9 +88,9 @@ class Scheduler:
             budget -= take
         return budget
 
-    def _room(self, tokens: int) -> bool:
+    def _room(self, blocks: int) -> bool:
         """Admit only while every running sequence could still grow by a block, or preemption would follow at once."""
-        return self._blocks(tokens) + len(self.running) <= self.pool.free_count or not (self.running or self.receiving)
+        return blocks + len(self.running) <= self.pool.free_count or not (self.running or self.receiving)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

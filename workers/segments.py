@@ -74,13 +74,11 @@ def _decode_segment(spans: Sequence[Span], window: int, layout: Layout, device: 
     columns = np.minimum(np.arange(width), last_block[:, None]) + first_block[:, None]  # [B, width]
     blocks = np.stack([span.blocks[column] for span, column in zip(spans, columns, strict=True)])
 
-    first_key, last_key = int(low.min()), int(high.max())
-    masks: tuple[Mask, ...] = ()
-    if low.max() > first_key or high.min() < last_key:
-        keys = np.arange(first_key, last_key)
-        hidden = (keys < low[:, None]) | (keys >= high[:, None])  # [B, S]
-        masks = (Mask(0, _bias(torch.from_numpy(hidden)[:, None, None, None], layout, device)),)
-    tile = Tile(spans[0].row, spans[0].row + len(spans), first_key, last_key, masks)
+    # whole blocks even for one sequence: oneDNN compiles a kernel per shape, half a millisecond each
+    keys = np.arange(width * size)
+    hidden = (keys < low[:, None]) | (keys >= high[:, None])  # [B, S]
+    masks = (Mask(0, _bias(torch.from_numpy(hidden)[:, None, None, None], layout, device)),) if hidden.any() else ()
+    tile = Tile(spans[0].row, spans[0].row + len(spans), 0, len(keys), masks)
     return Segment(len(spans), _block_rows(blocks, layout, device), (tile,))
 
 

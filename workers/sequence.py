@@ -1,9 +1,9 @@
 """The noun that travels through an engine: one generation, its tokens and its blocks.
 
-    waiting ──► running ──► finished          `computed` counts tokens whose KV is in this worker's blocks.
-       ▲  ▲        │                          A step computes `take` of the gap len(tokens) - computed; when the gap
-       │  └────────┘ preempted                closes, the runner's token is appended and the gap is one again:
-    receiving (a handoff is arriving)         prefill, decode, prefix hit and resume are the same thing.
+waiting ──► running ──► finished          `computed` counts tokens whose KV is in this worker's blocks.
+   ▲  ▲        │                          A step computes `take` of the gap len(tokens) - computed; when the gap
+   │  └────────┘ preempted                closes, the runner's token is appended and the gap is one again:
+receiving (a handoff is arriving)         prefill, decode, prefix hit and resume are the same thing.
 """
 
 from __future__ import annotations

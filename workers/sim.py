@@ -1,4 +1,4 @@
-"""A Runner without a model: deterministic tokens, modelled timings. For load tests, chaos tests and demos of big fleets.
+"""A Runner without a model: deterministic tokens, modelled timings; for load tests, chaos tests and demos.
 
 Each token's id is written into its KV rows; the next token is a hash of every id *read back from the blocks*, so a
 block that was lost, mixed up or half copied changes the output exactly as it would with a real model.
@@ -56,7 +56,8 @@ class SimRunner:
         self._cache = np.zeros(shape, dtype=np.int32)  # [blocks, planes, tokens, words], token id + 1; 0: never written
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
-        return self._cache[index].reshape(-1).view(np.uint8)
+        flat: npt.NDArray[np.uint8] = self._cache[index].reshape(-1).view(np.uint8)
+        return flat
 
     def run(self, chunks: list[Chunk]) -> list[int | None]:
         new, context = sum(c.take for c in chunks), sum(c.sequence.computed for c in chunks)

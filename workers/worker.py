@@ -222,7 +222,8 @@ class Worker:
         sequence.transfer_id = sequence.id
         self._accepting.add(sequence.id)
         handoff = await self._handoffs.reserve(sequence)
-        still_wanted = sequence.id in self._accepting and sequence.router_id in (key for key, _ in self._routers.values())
+        connected = sequence.router_id in (key for key, _ in self._routers.values())
+        still_wanted = connected and sequence.id in self._accepting
         self._accepting.discard(sequence.id)
         if not still_wanted:
             self._handoffs.revoke(sequence.transfer_id)

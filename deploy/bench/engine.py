@@ -42,8 +42,8 @@ class Cost:
 
     def __init__(self, architecture: Architecture, itemsize: int, token_bytes: int) -> None:
         a = architecture
-        heads = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim * a.hidden_size + a.num_heads * a.head_dim * a.hidden_size
-        self.layers = a.num_layers * (heads + 3 * a.hidden_size * a.intermediate_size)
+        attention = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim * a.hidden_size  # q, k, v, output
+        self.layers = a.num_layers * (attention + 3 * a.hidden_size * a.intermediate_size)
         self.head = a.vocab_size * a.hidden_size
         self.attention = 4 * a.num_layers * a.num_heads * a.head_dim  # FLOP per (query, key)
         self.weight_bytes = (self.layers + self.head) * itemsize

@@ -1,7 +1,8 @@
-"""The machine's own limits, through torch: memory bandwidth and matrix-multiply rate. Everything else is a fraction of these."""
+"""The machine's own limits, through torch: memory bandwidth and matrix-multiply rate. All else is a fraction of these."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +36,13 @@ def measure(dtype: torch.dtype) -> tuple[Machine, list[Figure]]:
     figures = [
         Figure("machine", "memory read", read / 1e9, "GB/s"),
         Figure("machine", "memory copy, read + write", copy / 1e9, "GB/s"),
-        Figure("machine", f"GEMM {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads", flops / 1e9, "GFLOP/s"),
+        Figure(
+            "machine", f"GEMM {dtype}, {torch.get_num_threads()} threads".replace("torch.", ""), flops / 1e9, "GFLOP/s"
+        ),
     ]
     return Machine(read, copy, flops), figures
 
 
-def _best(work: object) -> float:
-    assert callable(work)
+def _best(work: Callable[[], object]) -> float:
     work()
     return min(seconds(work) for _ in range(REPETITIONS))

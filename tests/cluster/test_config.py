@@ -32,7 +32,12 @@ def test_an_unknown_key_names_its_source_and_the_nearest_known_one(
 
 @pytest.mark.parametrize(
     ("flags", "field"),
-    [({"port": 70000}, "port"), ({"dtype": "float64"}, "dtype"), ({"decode": 0}, "decode"), ({"prefill": "x"}, "prefill")],
+    [
+        ({"port": 70000}, "port"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"decode": 0}, "decode"),
+        ({"prefill": "x"}, "prefill"),
+    ],
 )
 def test_a_bad_value_names_the_field(flags: dict[str, object], field: str) -> None:
     with pytest.raises(ConfigError, match=f"command line: {field}: "):

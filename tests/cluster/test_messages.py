@@ -4,7 +4,9 @@ import pytest
 from cluster import messages as m
 from cluster.errors import ProtocolError
 
-GENERATION = m.Generation("r-0-0d", (1, 2, 3), (), m.Sampling(logit_bias=((5, -1.5),), stop_token_ids=(2,)), b"salt", 600_000)
+GENERATION = m.Generation(
+    "r-0-0d", (1, 2, 3), (), m.Sampling(logit_bias=((5, -1.5),), stop_token_ids=(2,)), b"salt", 600_000
+)
 LOAD = m.Load("decode", *range(14))
 
 

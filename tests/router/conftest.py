@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tests.router.fakes import VOCAB
+from tests.router.harness import Api
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,3 +48,18 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
+
+
+@pytest.fixture(scope="module")
+def api(model_directory: Path) -> Iterator[Api]:
+    """A router with one prefill and one decode worker, over HTTP."""
+    with Api(model_directory).serving("pd", body_limit=64 * 1024, max_queue=8) as one:
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def as_new(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No script reaches from one test into the next."""
+    yield
+    if "api" in request.fixturenames:
+        request.getfixturevalue("api").reset()

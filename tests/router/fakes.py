@@ -58,6 +58,14 @@ class FakeWorker:
     def __init__(self, worker_id: str, role: Role, transfers: Transfers) -> None:
         self.id = worker_id
         self.role = role
+        self.reset()
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._outboxes: dict[str, asyncio.Queue[TokenOutput | JobFailed]] = {}
+        self._transfers = transfers
+        self._server = Server(SECRET, {"Submit": self._submit, "Abort": self._abort}, {"Outputs": self._outputs})
+        self.info: WorkerInfo
+
+    def reset(self) -> None:
         self.refuse: Refused | None = None  # answer to every Submit
         self.fail: tuple[str, str] | None = None  # every job ends in JobFailed(code, message) where it would start
         self.accept = asyncio.Event()  # cleared: Submit does not answer
@@ -65,6 +73,7 @@ class FakeWorker:
         self.follow = True  # False: a decode job does not wait for its handoff
         self.hold_at: int | None = None  # index of the token in front of which every job waits for `go`
         self.go = asyncio.Event()
+        self.fail_held: tuple[str, str] | None = None  # what jobs that held do when they may go on
         self.eos_at: int | None = None  # index at which every job ends with the model's end token
         self.tokens_per_frame = 1
         self.cached_tokens = 0
@@ -72,11 +81,6 @@ class FakeWorker:
         self.load: dict[str, int] = {}  # overrides of what it reports
         self.jobs: list[PrefillJob | DecodeJob] = []
         self.aborted: list[str] = []
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._outboxes: dict[str, asyncio.Queue[TokenOutput | JobFailed]] = {}
-        self._transfers = transfers
-        self._server = Server(SECRET, {"Submit": self._submit, "Abort": self._abort}, {"Outputs": self._outputs})
-        self.info: WorkerInfo
 
     async def start(self) -> FakeWorker:
         address = await self._server.start("127.0.0.1")
@@ -145,6 +149,9 @@ class FakeWorker:
                     if tokens:
                         break
                     await self.go.wait()
+                    if self.fail_held:
+                        outbox.put_nowait(JobFailed(generation.id, *self.fail_held))
+                        return
                 stop = position == self.eos_at
                 tokens.append(EOS if stop else token_at(generation.prompt, position))
                 finish = "stop" if stop else "length" if position + 1 == sampling.max_tokens else None
@@ -174,11 +181,22 @@ class FakeWorker:
 
     def _load(self) -> Load:
         fields: dict[str, Any] = {
-            "role": self.role, "running": len(self._running), "waiting": 0, "waiting_tokens": 0, "blocks_free": 90,
-            "blocks_cached": 5, "blocks_total": 100, "steps_total": 1, "prompt_tokens_total": 2, "cached_tokens_total": 3,
-            "output_tokens_total": 4, "preemptions_total": 6, "handoff_bytes_total": 7, "handoff_seconds_total": 0.5,
+            "role": self.role,
+            "running": len(self._running),
+            "waiting": 0,
+            "waiting_tokens": 0,
+            "blocks_free": 90,
+            "blocks_cached": 5,
+            "blocks_total": 100,
+            "steps_total": 1,
+            "prompt_tokens_total": 2,
+            "cached_tokens_total": 3,
+            "output_tokens_total": 4,
+            "preemptions_total": 6,
+            "handoff_bytes_total": 7,
+            "handoff_seconds_total": 0.5,
             "handoff_failures_total": 8,
-        }  # fmt: skip
+        }
         return Load(**(fields | self.load))
 
 
@@ -198,9 +216,12 @@ class StaticMembership:
             raise self.error
         return list(self.workers), list(self.stores)
 
+    async def close(self) -> None:
+        return None
+
 
 async def eventually(condition: Any, timeout_s: float = 5.0) -> None:
     """Wait until `condition()` is true; fail after the deadline."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (conditions span processes and objects that have no event)
             await asyncio.sleep(0.002)

@@ -10,7 +10,9 @@ from router.text import Text
 from tests.router.fakes import VOCAB
 
 TEXTS = st.lists(
-    st.sampled_from(["a", " the", "é", "e\u0301", "你好", "🙂", "👩‍👩‍👧", "🇫🇷", "\u0915\u094d\u0937", "\n\n", "�", "\x00", "stop"])
+    st.sampled_from(
+        ["a", " the", "é", "e\u0301", "你好", "🙂", "👩‍👩‍👧", "🇫🇷", "\u0915\u094d\u0937", "\n\n", "�", "\x00", "stop"]
+    )
     | st.text(max_size=8).filter(lambda text: text.encode(errors="ignore").decode() == text),
     max_size=12,
 ).map("".join)
@@ -52,11 +54,13 @@ def test_no_piece_ends_in_half_a_character(tokenizer: Tokenizer, text: Text, con
     assert detokenizer.flush() == ""
 
 
-@given(content=TEXTS, stops=st.lists(st.sampled_from(["stop", "op", "a t", "🙂", "好", "\n"]), min_size=1), size=st.integers(1, 4))
+@given(
+    content=TEXTS,
+    stops=st.lists(st.sampled_from(["stop", "op", "a t", "🙂", "好", "\n"]), min_size=1),
+    size=st.integers(1, 4),
+)
 @settings(max_examples=200)
-def test_stop_strings_cut_the_text(
-    tokenizer: Tokenizer, text: Text, content: str, stops: list[str], size: int
-) -> None:
+def test_stop_strings_cut_the_text(tokenizer: Tokenizer, text: Text, content: str, stops: list[str], size: int) -> None:
     detokenizer = text.detokenizer(stops, 0)
     joined = "".join(pieces(detokenizer, tokenizer.encode(content, add_special_tokens=False).ids, size))
     # what one token at a time sees first decides; cutting the whole text may choose an earlier start of a longer stop

@@ -12,7 +12,12 @@ def worker(worker_id: str, role: Role, load: int = 0, sent: int = 0) -> WorkerVi
 
 
 def test_least_loaded_of_each_role() -> None:
-    fleet = [worker("p1", "prefill", 9), worker("p2", "prefill", 3), worker("d1", "decode", 2), worker("d2", "decode", 5)]
+    fleet = [
+        worker("p1", "prefill", 9),
+        worker("p2", "prefill", 3),
+        worker("d1", "decode", 2),
+        worker("d2", "decode", 5),
+    ]
     assert place(fleet) == Route("p2", "d1")
 
 
@@ -22,7 +27,10 @@ def test_what_was_just_sent_counts() -> None:
 
 
 def test_running_sequences_count() -> None:
-    fleet = [WorkerView("d1", "decode", running=5, waiting_tokens=0), WorkerView("d2", "decode", running=4, waiting_tokens=0)]
+    fleet = [
+        WorkerView("d1", "decode", running=5, waiting_tokens=0),
+        WorkerView("d2", "decode", running=4, waiting_tokens=0),
+    ]
     assert place(fleet) == Route(None, "d2")
 
 
@@ -76,5 +84,7 @@ def test_routes_are_sound(fleet: list[WorkerView], excluded: frozenset[str]) -> 
     if route.prefill is not None:
         assert usable[route.prefill].role == "prefill"
         assert usable[route.decode].role != "prefill"
-    same_role = [view for view in usable.values() if (view.role == "prefill") == (usable[route.decode].role == "prefill")]
+    same_role = [
+        view for view in usable.values() if (view.role == "prefill") == (usable[route.decode].role == "prefill")
+    ]
     assert usable[route.decode].load == min(view.load for view in same_role)

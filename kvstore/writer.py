@@ -1,0 +1,153 @@
+"""The prefill end of a handoff: blocks go from a worker's KV cache into its node's store.
+
+A writer shares its store's memory and holds two signs of life: a session stream, whose end tells the store to give up
+what is not sealed, and a locked file, which says when nobody can be writing to it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+
+from cluster.errors import DeadlineExceeded, Expired, StoreError, TandemError, WorkerLost
+from cluster.messages import Ack, BlockKey, Finish, Handoff, Reserve, Reserved, Revoke, Seal, Sealed, Session, Slab
+from kvstore.arena import Arena
+from kvstore.client import CALL_S, StoreClient
+from kvstore.copying import Block, checksums, in_thread
+from kvstore.layout import Layout
+from kvstore.presence import Presence
+
+SILENCE_S = 5.0  # a store says something every second
+log = logging.getLogger(__name__)
+
+
+class HandoffWriter:
+    """Make one per StoreClient, then `connect`; when `connected` turns false its transfers are lost: make a new pair.
+
+    `read_block(block_id)` gives the bytes [layout.block_bytes] of a block that nobody changes until `send` returns."""
+
+    def __init__(self, client: StoreClient, layout: Layout, read_block: Callable[[int], Block]) -> None:
+        self.connected = False
+        self._client = client
+        self._layout = layout
+        self._read_block = read_block
+        self._transfers: dict[str, tuple[Slab, ...]] = {}  # transfer -> the slab of each of its blocks
+        self._copies: set[asyncio.Task[tuple[Sealed, ...]]] = set()
+        self._presence: Presence | None = None
+        self._session: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        """Raises StoreError when the store is on another machine, and what `StoreClient.connect` raises."""
+        try:
+            await self._client.connect(writable=True)
+            if self._client.arena is None:
+                raise StoreError(
+                    f"the memory of the store at {self._client.address} cannot be mapped here; see its log"
+                )
+            self._presence = Presence(self._client.arena.path, self._client.client_id)
+            acks = self._client.stream("Session", Session(self._client.client_id), None)
+            await _next(acks, CALL_S)
+        except BaseException:
+            await self.close()
+            raise
+        self.connected = True
+        self._session = asyncio.create_task(self._watch(acks), name="store session")
+
+    async def close(self) -> None:
+        """Let go of the store once the copies that are under way have ended."""
+        self.connected = False
+        if self._copies:
+            await asyncio.wait(self._copies)
+        if self._presence is not None:
+            self._presence.close()
+            self._presence = None
+        if self._session is not None:
+            self._session.cancel()
+            await asyncio.gather(self._session, return_exceptions=True)
+        await self._client.close()
+
+    async def reserve(self, transfer_id: str, hashes: Sequence[bytes], tokens: int, hold_ms: int) -> Handoff:
+        """Room for the KV of `tokens`, whose full blocks have these hashes. Raises NoSpace when it is not all there."""
+        full, rest = divmod(tokens, self._layout.tokens)
+        assert len(hashes) == full, f"{len(hashes)} hashes for {full} full blocks"
+        keys = [BlockKey(name, self._layout.tokens) for name in hashes]
+        if rest:
+            keys.append(BlockKey(b"", rest))
+        self._arena()
+        request = Reserve(transfer_id, self._client.client_id, tuple(keys), hold_ms)
+        reserved: Reserved = await self._client.call("Reserve", request)
+        self._transfers[transfer_id] = reserved.slabs
+        return Handoff(self._client.address, self._client.epoch, transfer_id)
+
+    async def send(self, transfer_id: str, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy the (position in the transfer, block id) pairs and seal them; what the store has already is skipped.
+
+        Raises Expired or whatever else ended the transfer; it is given up then."""
+        slabs = self._transfers.get(transfer_id)
+        if slabs is None:
+            raise Expired(f"transfer {transfer_id} has ended; reserve again")
+        arena = self._arena()
+        todo = [(position, block, slabs[position].index) for position, block in blocks if not slabs[position].sealed]
+        if not todo:
+            return
+        copy = asyncio.create_task(in_thread(partial(self._copy, arena, todo)))
+        self._copies.add(copy)
+        copy.add_done_callback(self._copies.discard)
+        sealed = await copy
+        await self._tell(transfer_id, "Seal", Seal(transfer_id, sealed))
+
+    async def finish(self, transfer_id: str, first_token: int | None) -> None:
+        """Every block is sent. `first_token` was sampled after the last one; None: nothing was."""
+        await self._tell(transfer_id, "Finish", Finish(transfer_id, first_token))
+        self._transfers.pop(transfer_id, None)
+
+    async def revoke(self, transfer_id: str, reason: str) -> None:
+        """Give a transfer up; its space is free at once. Call it when no `send` of the transfer is under way."""
+        self._transfers.pop(transfer_id, None)
+        await self._client.call("Revoke", Revoke(transfer_id, reason))
+
+    async def _tell(self, transfer_id: str, method: str, message: Seal | Finish) -> None:
+        try:
+            await self._client.call(method, message)
+        except TandemError:
+            # nothing is being copied, so the store may have the space back even if it had put it into quarantine
+            try:
+                await self.revoke(transfer_id, f"{method} failed")
+            except TandemError as error:
+                log.warning("transfer %s could not be revoked, its hold will run out: %s", transfer_id, error.message)
+            raise
+
+    def _arena(self) -> Arena:
+        if not self.connected or self._client.arena is None:
+            raise WorkerLost(f"the connection to the store at {self._client.address} is lost; connect again")
+        return self._client.arena
+
+    def _copy(self, arena: Arena, todo: Sequence[tuple[int, int, int]]) -> tuple[Sealed, ...]:
+        sealed = []
+        for position, block_id, index in todo:
+            block = self._read_block(block_id)
+            arena.slab(index)[:] = block
+            sealed.append(Sealed(position, checksums(block, self._layout)))
+        return tuple(sealed)
+
+    async def _watch(self, acks: AsyncIterator[Ack]) -> None:
+        try:
+            while True:
+                await _next(acks, SILENCE_S)
+        except TandemError as error:
+            log.warning("the session with the store at %s ended: %s", self._client.address, error.message)
+        finally:
+            self.connected = False
+            self._transfers.clear()
+
+
+async def _next(acks: AsyncIterator[Ack], timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await anext(acks)
+    except TimeoutError:
+        raise DeadlineExceeded("the store is silent") from None
+    except StopAsyncIteration:
+        raise WorkerLost("the store closed the session") from None

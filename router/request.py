@@ -1,0 +1,45 @@
+"""The noun that travels through the router once HTTP and text are done with: a request in tokens, and its answer.
+
+Plain values; who serves them is `router/dispatch.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from cluster.messages import FinishReason, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One choice of one prompt."""
+
+    id: str  # unique in the cluster
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    salt: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens in order, none missing and none twice."""
+
+    tokens: tuple[int, ...]
+    cached_tokens: int  # prompt tokens not computed, as far as known
+    finish: FinishReason | None
+
+
+@dataclass(slots=True)
+class Progress:
+    """What has been delivered, over all attempts."""
+
+    request: Request
+    deadline: float  # monotonic seconds
+    tokens: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    failed: set[str] = field(default_factory=set)  # ids of workers that failed this request
+
+    @property
+    def remaining_s(self) -> float:
+        return self.deadline - time.monotonic()

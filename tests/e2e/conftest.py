@@ -1,0 +1,29 @@
+"""Deployments shared by the end-to-end tests: each is a real `tandem serve`, started when first asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving import Served, serving
+
+
+@pytest.fixture(scope="session")
+def disaggregated(smollm2: Path) -> Iterator[Served]:
+    """SmolLM2 in fp32, one prefill and one decode worker."""
+    with serving(str(smollm2), "--dtype", "float32") as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def aggregated(smollm2: Path) -> Iterator[Served]:
+    """SmolLM2 in fp32, one worker that does both."""
+    with serving(str(smollm2), "--dtype", "float32", "--prefill", "0") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Path) -> Iterator[Served]:
+    """The tests' own tiny model in fp32, 1+1; for tests that break things."""
+    with serving(str(tiny), "--dtype", "float32") as served:
+        yield served

@@ -1,0 +1,76 @@
+"""`tandem serve` that cannot start: one clear line, a non-zero exit, no traceback, nothing left behind."""
+
+import json
+import shutil
+import socket
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.serving import command, environment, marked, wait_until
+
+
+def fails(*arguments: str, **more: str) -> str:
+    """Its standard error, which must be one line; the command must have ended by itself."""
+    mark = uuid.uuid4().hex
+    done = subprocess.run(
+        command("serve", *arguments), env=environment(mark, **more), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode not in (0, None), done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("tandem: ")
+    wait_until(lambda: not marked(mark), 20, lambda: f"left behind: {[p.cmdline() for p in marked(mark)]}")
+    return lines[0]
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def test_a_model_that_is_not_there() -> None:
+    assert "/no/such/model" in fails("/no/such/model", "--port", "0")
+
+
+def test_truncated_weights(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in fails(str(copy), "--port", "0")
+
+
+def test_an_unsupported_architecture(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    message = fails(str(copy), "--port", "0")
+    assert "MambaForCausalLM" in message
+    assert "LlamaForCausalLM" in message
+
+
+def test_a_taken_port(tiny: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        message = fails(str(tiny), "--port", port)
+    assert port in message
+    assert "--port" in message
+
+
+def test_a_redis_that_does_not_answer(tiny: Path) -> None:
+    message = fails(str(tiny), "--port", "0", "--redis-url", "redis://:hunter2@127.0.0.1:1/0")
+    assert "127.0.0.1:1" in message
+    assert "hunter2" not in message
+
+
+def test_a_misspelt_setting(tiny: Path, tmp_path: Path) -> None:
+    assert "did you mean 'prefill'" in fails(str(tiny), "--port", "0", TANDEM_PREFIL="1")
+    (tmp_path / "c.toml").write_text("blocksize = 3\n")
+    assert "did you mean 'block_size'" in fails(str(tiny), "--config", str(tmp_path / "c.toml"))
+
+
+def test_a_context_longer_than_the_model_has(tiny: Path) -> None:
+    assert "--max-context" in fails(str(tiny), "--port", "0", "--max-context", "1000000")

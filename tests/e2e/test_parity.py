@@ -1,0 +1,47 @@
+"""The oracle: served tokens equal transformers' `generate` on the same fp32 weights, whichever way they are served."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.oracle import greedy, prompts
+from tests.serving import Served
+
+NEW = 64
+
+
+@pytest.fixture(scope="module")
+def cases(smollm2: Path) -> list[tuple[list[int], list[int]]]:
+    """(prompt, the tokens that must follow)."""
+    return [(prompt, greedy(smollm2, tuple(prompt), NEW)) for prompt in prompts(smollm2)]
+
+
+@pytest.fixture(params=["disaggregated", "aggregated"])
+def served(request: pytest.FixtureRequest) -> Served:
+    return request.getfixturevalue(request.param)
+
+
+def complete(served: Served, prompt: list[int], stream: bool) -> list[int]:
+    done = served.complete(prompt, NEW, stream, ignore_eos=True)
+    assert done.finish == "length"
+    assert done.usage["prompt_tokens"] == len(prompt)
+    assert done.usage["completion_tokens"] == NEW
+    return done.tokens
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("stream", "at_once"), [(False, 1), (True, 16)])
+def test_tokens_equal_transformers(
+    served: Served, cases: list[tuple[list[int], list[int]]], stream: bool, at_once: int
+) -> None:
+    """Alone first (cold), then sixteen at a time and streamed (every prompt is a prefix hit by then)."""
+    with ThreadPoolExecutor(at_once) as pool:
+        results = list(pool.map(lambda case: complete(served, case[0], stream), cases))
+    wrong = {
+        len(prompt): next(i for i in range(NEW) if got[i : i + 1] != want[i : i + 1])
+        for (prompt, want), got in zip(cases, results, strict=True)
+        if got != want
+    }
+    assert wrong == {}, "prompt length -> first differing token"
+    served.assert_no_leaks()

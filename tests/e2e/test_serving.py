@@ -1,0 +1,185 @@
+"""What a user sees of a running deployment: real text, real processes, real bytes, exact under load and failure."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.oracle import greedy
+from tests.serving import MARK, Completion, Served, command, environment, marked, serving, wait_until
+
+TOKEN_BYTES = 46_080  # SmolLM2 in fp32: 30 layers x 2 x 3 heads x 64 x 4 bytes
+
+
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", timeout=60)
+
+
+def model_name(served: Served) -> str:
+    return client(served).models.list().data[0].id
+
+
+# ----------------------------------------------------------------------------------------------------- real model
+def test_the_capital_of_france(disaggregated: Served) -> None:
+    stream = client(disaggregated).chat.completions.create(
+        model=model_name(disaggregated),
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+        stream=True,
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len(pieces) > 3
+    assert "Paris" in "".join(pieces)
+
+
+@pytest.mark.parametrize("length", [5, 32, 47])
+def test_every_kv_byte_moves_through_the_store(disaggregated: Served, length: int) -> None:
+    prompt = [random.randrange(1000, 40_000) for _ in range(length)]
+    before = disaggregated.metric("tandem_handoff_bytes_total")
+    assert disaggregated.complete(prompt, 4, ignore_eos=True).usage["prompt_tokens"] == length
+    moved = lambda: disaggregated.metric("tandem_handoff_bytes_total") - before  # noqa: E731
+    wait_until(lambda: moved() == length * TOKEN_BYTES, 10, lambda: f"{moved() / TOKEN_BYTES} of {length} tokens")
+
+
+def test_prefill_and_decode_are_different_processes(disaggregated: Served) -> None:
+    workers = {w["role"]: w["pid"] for w in disaggregated.status()["workers"]}
+    assert workers.keys() == {"prefill", "decode"}
+    assert len(set(workers.values()) | {disaggregated.process.pid}) == 3
+    for pid in workers.values():
+        os.kill(pid, 0)
+
+
+def test_a_repeated_prompt_is_reported_as_cached(disaggregated: Served) -> None:
+    prompt = [random.randrange(1000, 40_000) for _ in range(50)]
+    first, again = (disaggregated.complete(prompt, 4, ignore_eos=True) for _ in range(2))
+    assert first.usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert again.usage["prompt_tokens_details"]["cached_tokens"] == 48
+    assert again.tokens == first.tokens
+
+
+def test_a_seed_gives_the_same_text_in_both_modes(disaggregated: Served, aggregated: Served) -> None:
+    ask = {"ignore_eos": True, "temperature": 1.0, "top_p": 0.9, "seed": 7}
+    texts = [
+        served.complete("Once upon a time", 24, **ask).text for served in (disaggregated, aggregated, disaggregated)
+    ]
+    assert len(set(texts)) == 1
+    assert disaggregated.complete("Once upon a time", 24, **{**ask, "seed": 8}).text != texts[0]
+
+
+def test_stop_strings_end_the_text_before_them(disaggregated: Served) -> None:
+    whole = disaggregated.complete("Count: 1, 2, 3, 4,", 32, ignore_eos=True).text
+    stop = whole[10:13]
+    for stream in (False, True):
+        cut = disaggregated.complete("Count: 1, 2, 3, 4,", 32, stream, ignore_eos=True, stop=stop)
+        assert (cut.text, cut.finish) == (whole[: whole.index(stop)], "stop")
+    disaggregated.assert_no_leaks()
+
+
+# ------------------------------------------------------------------------------------------------------- tiny model
+def mixed(count: int, seed: int) -> list[tuple[tuple[int, ...], int]]:
+    """(prompt, new tokens) of mixed lengths, 8 to 1,800 and 1 to 200."""
+    rng = random.Random(seed)
+    lengths = [int(8 * (1800 / 8) ** (i / (count - 1))) for i in range(count)]
+    return [(tuple(rng.randrange(10, 400) for _ in range(n)), rng.choice((1, 2, 17, 60, 200))) for n in lengths]
+
+
+@pytest.mark.timeout(400)
+def test_32_concurrent_streams_of_mixed_lengths_are_all_exact(small: Served, tiny: Path) -> None:
+    cases = mixed(32, seed=1)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        done = list(pool.map(lambda case: small.complete(list(case[0]), case[1], True, ignore_eos=True), cases))
+    for (prompt, new), result in zip(cases, done, strict=True):
+        assert result.tokens == greedy(tiny, prompt, new), f"{len(prompt)} prompt tokens, {new} new"
+    small.assert_no_leaks()
+
+
+@pytest.mark.parametrize("after_chunks", [0, 1, 20])
+def test_a_client_that_leaves_frees_everything(small: Served, after_chunks: int) -> None:
+    body = {"prompt": list(range(10, 300)), "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{small.url}/v1/completions", json=body, timeout=60) as response:
+        for _ in itertools.islice(response.iter_lines(), after_chunks):
+            pass
+    small.assert_no_leaks()
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
+def test_a_killed_worker_loses_no_request_and_comes_back(small: Served, tiny: Path, victim: str) -> None:
+    cases = [(tuple(range(10 + i, 400)), 300) for i in range(6)]
+    started = threading.Semaphore(0)
+
+    def one(case: tuple[tuple[int, ...], int]) -> Completion:
+        started.release()
+        return small.complete(list(case[0]), case[1], True, ignore_eos=True)
+
+    before = small.pid(victim)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        futures = [pool.submit(one, case) for case in cases]
+        wait_until(lambda: any(w["running"] for w in small.status()["workers"]), 30)
+        os.kill(before, signal.SIGKILL)
+        results = [future.result(timeout=120) for future in futures]
+    for (prompt, new), result in zip(cases, results, strict=True):
+        assert result.tokens == greedy(tiny, prompt, new)
+    back = lambda: all(w["connected"] for w in small.status()["workers"]) and small.pid(victim) != before  # noqa: E731
+    wait_until(back, 60, lambda: str(small.status()))
+    assert small.complete([5, 6, 7], 8, ignore_eos=True).tokens == greedy(tiny, (5, 6, 7), 8)
+    small.assert_no_leaks()
+
+
+def test_a_killed_store_costs_time_but_no_token(small: Served, tiny: Path) -> None:
+    (store,) = small.status()["stores"]
+    os.kill(store["pid"], signal.SIGKILL)
+    prompt = tuple(range(20, 150))
+    assert small.complete(list(prompt), 40, ignore_eos=True).tokens == greedy(tiny, prompt, 40)
+
+    def handed_over() -> bool:
+        before = small.metric("tandem_handoff_bytes_total")
+        small.complete([random.randrange(10, 400) for _ in range(40)], 4, ignore_eos=True)
+        return small.metric("tandem_handoff_bytes_total") > before
+
+    wait_until(handed_over, 60, lambda: str(small.status()))
+    small.assert_no_leaks()
+
+
+def test_status_shows_the_workers(small: Served) -> None:
+    shown = subprocess.run(
+        command("status", "--url", small.url), env=environment(small.mark), capture_output=True, text=True, timeout=60
+    )
+    assert shown.returncode == 0
+    for word in ("prefill-0", "decode-0", str(small.pid("decode-0")), "Redis is reachable"):
+        assert word in shown.stdout
+
+
+def test_a_full_queue_is_a_429_with_retry_after(tiny: Path) -> None:
+    slow = {"TANDEM_MAX_QUEUE": "2", "TANDEM_MAX_SEQUENCES": "1", "TANDEM_SIM_STEP_MS": "20"}
+    with serving(str(tiny), "--runner", "sim", "--prefill", "0", **slow) as served:
+        body = {"prompt": [5, 6, 7], "max_tokens": 100, "ignore_eos": True}
+        with ThreadPoolExecutor(12) as pool:
+            responses = list(pool.map(lambda _: served.post("/v1/completions", body), range(12)))
+        assert {r.status_code for r in responses} == {200, 429}
+        refused = next(r for r in responses if r.status_code == 429)
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        served.assert_no_leaks()
+
+
+def test_everything_listens_on_loopback_only(small: Served) -> None:
+    """But for Ray's own ports, which its token guards."""
+    own = [p for p in marked(small.mark) if p.name() in ("haproxy", "redis-server")]
+    listening = [(p.name(), c.laddr) for p in own for c in p.net_connections("tcp") if c.status == "LISTEN"]
+    assert {name for name, _ in listening} == {"haproxy", "redis-server"}
+    assert [place for place in listening if place[1].ip != "127.0.0.1"] == []
+
+
+def test_the_test_harness_sees_processes(small: Served) -> None:
+    """A leak check that finds nothing must be able to find something."""
+    assert small.process.pid in {p.pid for p in marked(small.mark)}
+    assert len(marked(small.mark)) > 5
+    assert MARK in environment("x")

@@ -1,0 +1,157 @@
+"""What the store tests share: a small layout, blocks with known bytes, and real processes."""
+
+import asyncio
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.identity import Identity
+from cluster.messages import StatRequest, StoreStat
+from cluster.rpc import Client
+from kvstore.client import StoreClient
+from kvstore.hashing import ModelKey, extend
+from kvstore.layout import Layout
+from kvstore.server import StoreServer
+from kvstore.transfer import HandoffReader, HandoffWriter
+
+SECRET = "a cluster secret"
+LAYOUT = Layout(heads=2, layers=3, tokens=4, dim=8, dtype="float32", itemsize=4)
+KEY = ModelKey(b"model", b"tokenizer", "float32", LAYOUT.tokens)
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 20.0
+Block = npt.NDArray[np.uint8]
+
+
+def block_of(block_id: int, layout: Layout = LAYOUT) -> Block:
+    """The bytes of a block, different for every id."""
+    return np.random.default_rng(block_id).integers(0, 256, layout.block_bytes, np.uint8)
+
+
+def tokens_of(count: int, chain: int = 0) -> list[int]:
+    return [chain * 100_003 + i for i in range(count)]
+
+
+def hashes_for(count: int, chain: int = 0, layout: Layout = LAYOUT) -> list[bytes]:
+    hashes: list[bytes] = []
+    extend(hashes, KEY.root(b""), tokens_of(count, chain), layout.tokens)
+    return hashes
+
+
+def memory_for(slabs: int, layout: Layout = LAYOUT) -> int:
+    return 2 * 4096 + slabs * (-(-layout.block_bytes // 64) * 64 + 8)
+
+
+async def until(condition: Callable[[], Awaitable[bool]] | Callable[[], bool], what: str) -> None:
+    """Wait for a condition that is bound to come true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        result = condition()
+        if await result if isinstance(result, Awaitable) else result:
+            return
+        assert time.monotonic() < deadline, f"still not: {what}"
+        await asyncio.sleep(0.01)
+
+
+async def stat(address: str) -> StoreStat:
+    """The store's account; fails the test when its states do not add up."""
+    client = Client(address, SECRET)
+    try:
+        s: StoreStat = await client.call("Stat", StatRequest(), PATIENCE_S)
+    finally:
+        await client.close()
+    assert s.free + s.reserved + s.held + s.cached + s.quarantined == s.slabs
+    return s
+
+
+@asynccontextmanager
+async def store(slabs: int, layout: Layout = LAYOUT, redis_url: str = "") -> AsyncIterator[tuple[str, StoreServer]]:
+    """A store in this process, of exactly that many slabs."""
+    server = StoreServer("test", layout, memory_for(slabs, layout), Identity("ns", redis_url, SECRET, "127.0.0.1"))
+    info = await server.start()
+    try:
+        yield info.address, server
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def writer(address: str, layout: Layout = LAYOUT) -> AsyncIterator[HandoffWriter]:
+    made = HandoffWriter(StoreClient(address, SECRET, "writer", layout), layout, lambda b: block_of(b, layout))
+    await made.connect()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+class Target:
+    """A worker's blocks, as a reader sees them."""
+
+    def __init__(self, layout: Layout = LAYOUT) -> None:
+        self.layout = layout
+        self.blocks: dict[int, Block] = {}
+
+    def __call__(self, position: int) -> Block:
+        return self.blocks.setdefault(position, np.zeros(self.layout.block_bytes, np.uint8))
+
+
+@asynccontextmanager
+async def reader(force_inline: bool = False, layout: Layout = LAYOUT) -> AsyncIterator[HandoffReader]:
+    made = HandoffReader(SECRET, layout, force_inline=force_inline)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+class Process:
+    """A child running one of `store_process`'s mains."""
+
+    def __init__(self, what: str, **settings: Any) -> None:
+        command = [sys.executable, "-m", "tests.kvstore.store_process", what]
+        self._popen = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(json.dumps({"secret": SECRET, **settings}) + "\n")
+        self._popen.stdin.close()
+
+    async def line(self) -> str:
+        """Its next line of output."""
+        assert self._popen.stdout is not None
+        line = await asyncio.wait_for(asyncio.to_thread(self._popen.stdout.readline), PATIENCE_S)
+        assert line, f"the process ended with {self._popen.poll()}"
+        return line.strip()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self._popen.kill()
+        self._popen.wait(PATIENCE_S)
+
+    def terminate(self) -> int:
+        self._popen.terminate()
+        return self._popen.wait(PATIENCE_S)
+
+
+@asynccontextmanager
+async def process(what: str, **settings: Any) -> AsyncIterator[Process]:
+    made = Process(what, **settings)
+    try:
+        yield made
+    finally:
+        made.kill()
+
+
+@asynccontextmanager
+async def store_process(slabs: int, port: int = 0, redis_url: str = "") -> AsyncIterator[tuple[str, int, Process]]:
+    settings = {"store_id": "test", "layout": dataclasses.asdict(LAYOUT), "memory": memory_for(slabs), "port": port}
+    async with process("serve", redis_url=redis_url, **settings) as made:
+        address, epoch = (await made.line()).split()
+        yield address, int(epoch), made

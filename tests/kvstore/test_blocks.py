@@ -1,0 +1,157 @@
+"""The block pool against a model that keeps everything in plain lists and searches them."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvstore.blocks import BlockPool
+
+
+def name(i: int) -> bytes:
+    return bytes([i]) * 32
+
+
+class PoolAgainstModel(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 8
+        self.pool = BlockPool(self.total)
+        self.references = dict.fromkeys(range(self.total), 0)
+        self.names: dict[int, bytes] = {}  # block -> hash
+        self.lru: list[int] = []  # unreferenced blocks with a hash, oldest first
+        self.tables: list[list[int]] = []
+
+    def model_free(self, block: int) -> None:
+        self.references[block] -= 1
+        if self.references[block] == 0 and block in self.names:
+            self.lru.append(block)
+
+    @rule(count=st.integers(0, 9))
+    def allocate(self, count: int) -> None:
+        blank = {b for b, n in self.references.items() if n == 0 and b not in self.names}
+        blocks = self.pool.allocate(count)
+        if count > len(blank) + len(self.lru):
+            assert blocks is None
+            return
+        assert blocks is not None
+        assert len(set(blocks)) == count
+        evicted, self.lru = self.lru[: max(0, count - len(blank))], self.lru[max(0, count - len(blank)) :]
+        assert set(blocks) == set(evicted) | (set(blocks) & blank)
+        for block in blocks:
+            self.names.pop(block, None)
+            self.references[block] = 1
+        self.tables.append(blocks)
+
+    @rule(hashes=st.lists(st.integers(0, 11), max_size=5))
+    def match(self, hashes: list[int]) -> None:
+        found = self.pool.match([name(h) for h in hashes])
+        expected = []
+        for h in hashes:
+            owner = [b for b, n in self.names.items() if n == name(h)]
+            if not owner:
+                break
+            expected.append(owner[0])
+        assert found == expected
+        for block in found:
+            if self.references[block] == 0:
+                self.lru.remove(block)
+            self.references[block] += 1
+        self.tables.append(found)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        self.pool.free(table)
+        for block in reversed(table):
+            self.model_free(block)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def retain(self, data: st.DataObject) -> None:
+        table = data.draw(st.sampled_from(self.tables))
+        self.pool.retain(table)
+        for block in table:
+            self.references[block] += 1
+        self.tables.append(list(table))
+
+    @precondition(lambda self: any(self.references.values()))
+    @rule(data=st.data(), h=st.integers(0, 11))
+    def register(self, data: st.DataObject, h: int) -> None:
+        block = data.draw(st.sampled_from([b for b, n in self.references.items() if n]))
+        self.pool.register(block, name(h))
+        if block not in self.names and name(h) not in self.names.values():
+            self.names[block] = name(h)
+
+    @invariant()
+    def agrees(self) -> None:
+        self.pool.check()
+        assert self.pool.used_count == sum(n > 0 for n in self.references.values())
+        assert self.pool.free_count == self.total - self.pool.used_count
+        assert self.pool.cached_count == len(self.lru)
+
+
+TestPoolAgainstModel = PoolAgainstModel.TestCase
+TestPoolAgainstModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def cached(pool: BlockPool, hashes: list[bytes]) -> list[int]:
+    blocks = pool.allocate(len(hashes))
+    assert blocks is not None
+    for block, h in zip(blocks, hashes, strict=True):
+        pool.register(block, h)
+    pool.free(blocks)
+    return blocks
+
+
+def test_tails_are_evicted_before_heads() -> None:
+    pool = BlockPool(4)
+    chain = [name(i) for i in range(4)]
+    blocks = cached(pool, chain)
+    assert pool.allocate(2) == [blocks[3], blocks[2]]
+    assert pool.match(chain) == blocks[:2]
+
+
+def test_a_hit_makes_a_chain_recent() -> None:
+    pool = BlockPool(4)
+    old, new = cached(pool, [name(0), name(1)]), cached(pool, [name(2), name(3)])
+    pool.free(pool.match([name(0), name(1)]))
+    taken = pool.allocate(2)
+    assert taken is not None
+    assert set(taken) == set(new)
+    assert pool.match([name(0), name(1)]) == old
+
+
+def test_blank_blocks_go_before_cached_ones() -> None:
+    pool = BlockPool(3)
+    cached(pool, [name(0)])
+    assert pool.allocate(2) is not None
+    assert pool.cached_count == 1
+    assert pool.match([name(0)]) != []
+
+
+def test_the_second_block_of_a_hash_stays_unregistered() -> None:
+    pool = BlockPool(2)
+    first, second = pool.allocate(2) or []
+    pool.register(first, name(0))
+    pool.register(second, name(0))
+    pool.free([first, second])
+    assert pool.cached_count == 1
+    assert pool.match([name(0)]) == [first]
+
+
+def test_freeing_twice_is_our_bug_and_is_heard() -> None:
+    pool = BlockPool(1)
+    blocks = pool.allocate(1) or []
+    pool.free(blocks)
+    with pytest.raises(AssertionError, match="twice"):
+        pool.free(blocks)
+
+
+def test_check_notices_a_broken_book() -> None:
+    pool = BlockPool(2)
+    cached(pool, [name(0)])
+    pool._references[0] = 1
+    with pytest.raises(AssertionError):
+        pool.check()

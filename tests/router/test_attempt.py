@@ -1,0 +1,237 @@
+"""What goes wrong within and between attempts: the client gets every token once, or a typed error."""
+
+import asyncio
+
+import pytest
+
+from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, TandemError, Unavailable, WorkerLost
+from cluster.messages import DecodeJob, Refused
+from router.dispatch import ATTEMPTS
+from tests.router.bench import PROMPT, Bench, run
+from tests.router.fakes import eventually, tokens_for
+
+
+# ------------------------------------------------------------------------------------------- when prefill goes wrong
+def test_a_prefill_worker_that_refuses_is_replaced() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["p1"].refuse = Refused("store_no_space", "the arena is full")
+        assert await b.serve() == tokens_for(PROMPT, 8)
+        assert len(b.workers["p2"].jobs) == 1
+        (decode,) = b.workers["d1"].jobs
+        assert isinstance(decode, DecodeJob)
+        assert decode.handoff is not None
+
+    run("ppd", test)
+
+
+def test_when_all_prefill_workers_refuse_decode_does_it() -> None:
+    async def test(b: Bench) -> None:
+        for worker_id in ("p1", "p2", "p3"):
+            b.workers[worker_id].refuse = Refused("server_overloaded", "full")
+        assert await b.serve() == tokens_for(PROMPT, 8)
+        (decode,) = b.workers["d1"].jobs
+        assert isinstance(decode, DecodeJob)
+        assert decode.handoff is None
+
+    run("pppd", test)
+
+
+def test_a_prefill_worker_that_dies_before_it_accepts_is_replaced() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["p1"].accept.clear()
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: any(link.pending for link in b.fleet.links()))
+        await b.workers["p1"].die()
+        assert await serving == tokens_for(PROMPT, 8)
+        assert len(b.workers["p2"].jobs) == 1
+        await b.quiet()
+
+    run("ppd", test)
+
+
+def test_a_prefill_worker_that_dies_after_it_accepted_needs_no_replacement() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["p1"].hold_at = 0
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: b.workers["d1"].jobs)
+        await b.workers["p1"].die()
+        assert await serving == tokens_for(PROMPT, 8)
+        assert len(b.workers["d1"].jobs) == 1
+        assert not b.workers["p2"].jobs
+
+    run("ppd", test)
+
+
+def test_a_prefill_job_that_fails_after_it_was_accepted_needs_no_replacement() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["p1"].fail = ("store_error", "the store died")
+        assert await b.serve() == tokens_for(PROMPT, 8)
+        assert len(b.workers["d1"].jobs) == 1
+
+    run("pd", test)
+
+
+def test_a_first_token_lost_with_its_worker_is_computed_again() -> None:
+    """The blocks arrived, the token did not: nobody else would ever send it."""
+
+    async def test(b: Bench) -> None:
+        b.workers["p1"].hold_at = 0
+        b.workers["d1"].follow = False
+        b.workers["d1"].hold_at = 3
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: b.workers["d1"].jobs)
+        await b.workers["p1"].die()
+        b.workers["d1"].go.set()
+        assert await serving == tokens_for(PROMPT, 8)
+        await b.quiet()
+
+    run("pd", test)
+
+
+# -------------------------------------------------------------------------------------------- when decode goes wrong
+@pytest.mark.parametrize("roles", ["pdd", "bb", "dd"])
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_a_decode_worker_lost_mid_stream(roles: str, at: int) -> None:
+    async def test(b: Bench) -> None:
+        for worker in b.workers.values():
+            worker.hold_at = at if worker.role != "prefill" else None
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: len(b.tokens) == at)
+        (victim,) = [worker for worker in b.workers.values() if worker.running]
+        others = [worker for worker in b.workers.values() if worker is not victim]
+        for other in others:
+            other.hold_at = None
+        await victim.die()
+        assert await serving == tokens_for(PROMPT, 8)
+        assert b.finish == "length"
+        again = [generation for other in others for generation in other.generations if generation.output]
+        assert again
+        assert all(generation.output == tuple(tokens_for(PROMPT, at)) for generation in again)
+        assert not {generation.id for generation in again} & {generation.id for generation in victim.generations}
+        await b.quiet()
+
+    run(roles, test)
+
+
+def test_a_silent_worker_is_a_lost_one() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["d1"].hold_at = 2
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: len(b.tokens) == 2)
+        b.workers["d1"].silent = True
+        assert await serving == tokens_for(PROMPT, 8)
+        assert b.workers["d2"].jobs
+
+    run("dd", test, worker_timeout_s=0.3)
+
+
+def test_a_decode_worker_that_refuses_is_replaced() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["d1"].refuse = Refused("server_overloaded", "full")
+        assert await b.serve() == tokens_for(PROMPT, 8)
+        await b.quiet()
+
+    run("pdd", test)
+
+
+def test_a_decode_job_that_fails_is_placed_again() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["d1"].fail = ("store_corrupt", "checksum")
+        assert await b.serve() == tokens_for(PROMPT, 8)
+        assert b.workers["d2"].jobs
+
+    run("pdd", test)
+
+
+def test_the_prefill_worker_is_the_last_resort() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["d1"].hold_at = 5
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: len(b.tokens) == 5)
+        await b.workers["d1"].die()
+        assert await serving == tokens_for(PROMPT, 8)
+        assert isinstance(b.workers["p1"].jobs[-1], DecodeJob)
+
+    run("pd", test)
+
+
+# ------------------------------------------------------------------------------------------------------ typed errors
+def test_nobody_there() -> None:
+    async def test(b: Bench) -> None:
+        with pytest.raises(Unavailable):
+            await b.serve()
+
+    run("", test)
+
+
+def test_everybody_refuses() -> None:
+    async def test(b: Bench) -> None:
+        for worker in b.workers.values():
+            worker.refuse = Refused("server_overloaded", "queue is full", retry_after_ms=7_000)
+        with pytest.raises(Overloaded, match="queue is full") as error:
+            await b.serve()
+        assert error.value.retry_after_s == 7.0
+        await b.quiet()
+
+    run("ppdd", test)
+
+
+def test_attempts_are_bounded() -> None:
+    async def test(b: Bench) -> None:
+        for worker in b.workers.values():
+            worker.fail = ("store_error", "no")
+        with pytest.raises(TandemError) as error:
+            await b.serve()
+        assert error.value.code == "store_error"
+        assert sum(len(worker.jobs) for worker in b.workers.values()) == ATTEMPTS
+
+    run("dddddd", test)
+
+
+@pytest.mark.parametrize("roles", ["d", "dd", "pdd"])
+def test_an_error_that_would_come_again_is_not_retried(roles: str) -> None:
+    async def test(b: Bench) -> None:
+        for worker in b.workers.values():
+            worker.fail = ("invalid_value", "no such token")
+        with pytest.raises(InvalidRequest, match="no such token"):
+            await b.serve()
+        assert sum(len(worker.jobs) for worker in b.workers.values() if worker.role == "decode") <= 1
+        await b.quiet()
+
+    run(roles, test)
+
+
+def test_an_unknown_error_code_is_a_bug_not_a_retry() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["d1"].fail = ("never heard of", "strange")
+        with pytest.raises(TandemError) as error:
+            await b.serve()
+        assert error.value.status == 500
+
+    run("d", test)
+
+
+def test_the_only_worker_dies() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["d1"].hold_at = 3
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: len(b.tokens) == 3)
+        await b.workers["d1"].die()
+        with pytest.raises(WorkerLost, match="worker d1 was lost"):
+            await serving
+        assert b.tokens == tokens_for(PROMPT, 3)
+
+    run("d", test)
+
+
+@pytest.mark.parametrize("roles", ["d", "pd"])
+def test_the_deadline_ends_a_request_that_hangs(roles: str) -> None:
+    async def test(b: Bench) -> None:
+        for worker in b.workers.values():
+            worker.hold_at = 2
+        with pytest.raises(DeadlineExceeded, match="request_timeout"):
+            await b.serve()
+        await b.quiet()
+        assert b.workers["d1"].aborted
+
+    run(roles, test, request_timeout_s=0.3)

@@ -1,0 +1,163 @@
+"""What operators see: /metrics, /status with stores, keys, a Redis that is down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.messages import StatRequest, StoreInfo, StoreStat
+from cluster.rpc import Server
+from tests.router.fakes import NAMESPACE, SECRET
+from tests.router.harness import Api
+
+STAT = StoreStat(10, 4, 1, 2, 3, 0, 1, 4096, 7, 100, 5, 6)
+
+
+@pytest.fixture(scope="module")
+def guarded(model_directory: Path) -> Iterator[Api]:
+    """A router that asks for keys, with a store."""
+    api = Api(model_directory)
+    with api.serving("b", api_keys=("first-key", "second-kéy"), max_queue=3) as one:
+
+        async def stat(_: StatRequest, __: Any) -> StoreStat:
+            return STAT
+
+        async def store() -> Server:
+            server = Server(SECRET, {"Stat": stat}, {})
+            address = await server.start("127.0.0.1")
+            api.membership.stores = [StoreInfo("store-1", address, "node-1", 77, NAMESPACE, 7)]
+            return server
+
+        server = api.run(store())
+        api.wait(lambda: api.http.get("/status").json()["stores"])
+        yield one
+        api.run(server.stop())
+
+
+def samples(api: Api) -> dict[tuple[str, tuple[str, ...]], float]:
+    """(name, label values by label name) -> value; parsing fails on a page Prometheus would not read."""
+    families = text_string_to_metric_families(api.http.get("/metrics").text)
+    return {
+        (s.name, tuple(value for _, value in sorted(s.labels.items()))): s.value
+        for family in families
+        for s in family.samples
+    }
+
+
+def test_metrics_of_workers_and_requests(api: Api) -> None:
+    before = samples(api)
+    assert api.complete(prompt=[9, 9], max_tokens=5).is_success
+    assert not api.complete(prompt=[9] * 999).is_success
+    assert not api.complete(prompt="").is_success
+    assert not api.complete(temperature=9).is_success
+    after = samples(api)
+
+    def grown(name: str, *labels: str) -> float:
+        return after[name, labels] - before.get((name, labels), 0.0)
+
+    assert grown("tandem_requests_total", "finished") == 1
+    assert grown("tandem_requests_total", "context_length_exceeded") == 1
+    assert grown("tandem_requests_total", "invalid_value") == 2
+    assert grown("tandem_time_to_first_token_seconds_count") == 1
+    assert 1 <= grown("tandem_inter_token_latency_seconds_count") <= 4
+    assert grown("tandem_request_seconds_count") == 1
+    assert after["tandem_worker_up", ("decode", "d1")] == 1
+    assert after["tandem_worker_kv_blocks_used", ("d1",)] == 10
+    assert after["tandem_worker_kv_blocks_free", ("d1",)] == 90
+    assert after["tandem_worker_kv_blocks", ("p1",)] == 100
+    assert after["tandem_handoff_bytes_total", ("d1",)] == 7
+    assert after["tandem_preemptions_total", ("d1",)] == 6
+    assert after["tandem_prompt_tokens_total", ("d1",)] == 2
+    assert after["tandem_cached_tokens_total", ("d1",)] == 3
+    assert after["tandem_output_tokens_total", ("d1",)] == 4
+
+
+def test_metrics_answer_head(api: Api) -> None:
+    response = api.http.head("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")
+    assert response.content == b""
+
+
+def test_stores_are_shown(guarded: Api) -> None:
+    page = samples(guarded)
+    states = {state: page["tandem_store_slabs", (state, "store-1")] for state in ("free", "reserved", "held", "cached")}
+    assert states == {"free": 4, "reserved": 1, "held": 2, "cached": 3}
+    assert page["tandem_store_up", ("store-1",)] == 1
+    (store,) = guarded.http.get("/status").json()["stores"]
+    assert (store["id"], store["answers"], store["slabs"]["cached"]) == ("store-1", True, 3)
+
+
+def test_keys_are_asked_for_under_v1_only(guarded: Api) -> None:
+    for path in ("/health", "/ready", "/metrics", "/status", "/openapi.json"):
+        assert guarded.http.get(path).is_success, path
+    for header in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "first-key"},
+        {"authorization": "Basic first-key"},
+    ):
+        for path in ("/v1/models", "/v1/nowhere", "/v1"):
+            response = guarded.http.get(path, headers=header)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert "x-request-id" in response.headers
+    for key in ("first-key", "second-kéy"):
+        assert guarded.http.get("/v1/models", headers={b"authorization": b"Bearer " + key.encode()}).is_success
+    assert guarded.http.get("/v1/models", headers={"authorization": "bearer first-key"}).is_success
+
+
+def test_tenants_do_not_share_a_cache(guarded: Api) -> None:
+    for key in ("first-key", "second-kéy", "first-key"):
+        headers = {b"authorization": b"Bearer " + key.encode()}
+        assert guarded.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=headers).is_success
+    first, second, third = [generation.salt for generation in guarded.workers["b1"].generations[-3:]]
+    assert first == third != second
+
+
+def test_a_burst_over_the_limit_is_refused_before_any_worker_reports_it(guarded: Api) -> None:
+    """Eight at once against a limit of three, all waiting in front of their first token."""
+    worker = guarded.workers["b1"]
+    worker.hold_at = 0
+    headers = {"authorization": "Bearer first-key"}
+
+    def post(_: int) -> int:
+        body = {"prompt": "x", "max_tokens": 2}
+        return guarded.http.post("/v1/completions", json=body, headers=headers).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(post, number) for number in range(8)]
+        guarded.wait(lambda: sum(answer.done() for answer in answers) == 5)
+        guarded.set(worker.go.set)
+        codes = sorted(answer.result(timeout=10) for answer in answers)
+    assert codes == [200] * 3 + [429] * 5
+
+
+def test_redis_down_is_shown_and_harmless(guarded: Api) -> None:
+    guarded.membership.error = ConnectionError("down")
+    guarded.wait(lambda: guarded.http.get("/status").json()["redis"] == "unreachable")
+    headers = {"authorization": "Bearer first-key"}
+    assert guarded.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}, headers=headers).is_success
+    guarded.membership.error = None
+    guarded.wait(lambda: guarded.http.get("/status").json()["redis"] == "reachable")
+
+
+def test_no_worker_yet(model_directory: Path) -> None:
+    with Api(model_directory).serving("") as api:
+        assert api.http.get("/health").status_code == 200
+        ready = api.http.get("/ready")
+        assert ready.status_code == 503
+        assert "retry-after" in ready.headers
+        started = time.monotonic()
+        response = api.chat()
+        assert time.monotonic() - started < 5
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "service_unavailable"
+        assert int(response.headers["retry-after"]) >= 1
