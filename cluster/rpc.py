@@ -8,7 +8,7 @@ is its caller's business (`timeout=None` is allowed only there).
 from __future__ import annotations
 
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -102,7 +102,7 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise translate(error, self.address, method) from None
 
-    async def stream(self, method: str, message: Any, timeout_s: float | None) -> AsyncIterator[Any]:
+    async def stream(self, method: str, message: Any, timeout_s: float | None) -> AsyncGenerator[Any, None]:
         """Yields the peer's messages; leaving the loop early cancels the call."""
         call = self._channel.unary_stream(f"/{SERVICE}/{method}", encode, decode)(
             message, timeout=timeout_s, metadata=self._metadata

@@ -7,7 +7,6 @@ from typing import Any
 from ray import serve
 
 from cluster.config import Config
-from cluster.membership import Membership
 from router.app import create_app
 from router.settings import RouterSettings
 
@@ -16,7 +15,7 @@ def application(config: Config, settings: RouterSettings) -> Any:
     """Admission is ours (OpenAI-shaped 429s), so Serve's own queue limit must never be hit."""
 
     def build() -> Any:
-        return create_app(config, settings, Membership(settings.redis_url))
+        return create_app(config, settings)
 
     ingress = serve.ingress(build)()
     return serve.deployment(

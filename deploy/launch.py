@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import secrets
@@ -102,7 +103,8 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
                 duty = WorkerSettings(f"{role}-{index}", role, key, max_context, identity, config)
                 workers.append(_worker(stack, duty, model.directory))
         report("starting the HTTP front door", 0.0)
-        stack.callback(serve.shutdown)
+        stack.callback(_stop_serve)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(http_options={"host": config.host, "port": port})
         store_infos = [_await(actor, f"block store {index}", report) for index, actor in enumerate(stores)]
         worker_infos = [_await(actor, f"worker {index}", report) for index, actor in enumerate(workers)]
@@ -240,6 +242,12 @@ def _await_health(url: str) -> None:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(POLL_S)
     raise StartupError(f"{url} did not become ready; the router's log is in {ray_logs()}")
+
+
+def _stop_serve() -> None:
+    # Ray prints, from a thread of its own, that the controller it is told to end has ended
+    with contextlib.redirect_stdout(io.StringIO()):
+        serve.shutdown()
 
 
 def _stop_actor(actor: Any) -> None:

@@ -170,16 +170,14 @@ def _open_locked(folder: Path, store_id: str) -> tuple[Path, int]:
 
 
 def remove_stale(folder: Path) -> None:
-    """Delete arenas in the folder whose owner is dead, and the presence files of their writers."""
-    for path in folder.glob(f"tandem-*{SUFFIX}"):
+    """Delete what dead stores and their writers left in the folder: the files whose lock can be taken."""
+    for path in folder.glob(f"tandem-*{SUFFIX}*"):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, PermissionError):
             continue  # gone meanwhile, or another user's
         try:
             if lock_if_free(descriptor):
-                for presence in folder.glob(f"{path.name}.*"):
-                    presence.unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)

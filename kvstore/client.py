@@ -12,7 +12,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cluster.errors import StoreError, WorkerLost
 from cluster.messages import Hello, Welcome
@@ -57,8 +57,8 @@ class StoreClient:
 
     async def stream(self, method: str, message: Any, timeout_s: float | None) -> AsyncGenerator[Any, None]:
         with self._open():
-            items = cast(AsyncGenerator[Any, None], self._rpc.stream(method, message, timeout_s))
-            async with contextlib.aclosing(items):  # leaving early cancels the call at once
+            # leaving early cancels the call at once
+            async with contextlib.aclosing(self._rpc.stream(method, message, timeout_s)) as items:
                 async for item in items:
                     yield item
 

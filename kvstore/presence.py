@@ -26,8 +26,13 @@ class Presence:
 
     def __init__(self, arena: Path, client_id: str) -> None:
         self._path = presence_path(arena, client_id)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        while True:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            # between open and lock a store that starts may have taken it for a dead one's
+            if os.fstat(self._descriptor).st_nlink == 1:
+                return
+            os.close(self._descriptor)
 
     def close(self) -> None:
         self._path.unlink(missing_ok=True)

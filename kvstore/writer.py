@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
-from cluster.errors import DeadlineExceeded, Expired, StoreError, TandemError, WorkerLost
+from cluster.errors import DeadlineExceeded, Expired, StoreError, TandemError, Unavailable, WorkerLost
 from cluster.messages import Ack, BlockKey, Finish, Handoff, Reserve, Reserved, Revoke, Seal, Sealed, Session, Slab
 from kvstore.arena import Arena
 from kvstore.client import CALL_S, StoreClient
@@ -34,7 +34,8 @@ class HandoffWriter:
         self._layout = layout
         self._read_block = read_block
         self._transfers: dict[str, tuple[Slab, ...]] = {}  # transfer -> the slab of each of its blocks
-        self._copies: set[asyncio.Task[tuple[Sealed, ...]]] = set()
+        self._copies: set[asyncio.Task[tuple[Sealed, ...]]] = set()  # under way in threads
+        self._revokes: set[asyncio.Task[None]] = set()
         self._presence: Presence | None = None
         self._session: asyncio.Task[None] | None = None
 
@@ -58,8 +59,8 @@ class HandoffWriter:
     async def close(self) -> None:
         """Let go of the store once the copies that are under way have ended."""
         self.connected = False
-        if self._copies:
-            await asyncio.wait(self._copies)
+        if self._copies or self._revokes:
+            await asyncio.wait(self._copies | self._revokes)
         if self._presence is not None:
             self._presence.close()
             self._presence = None
@@ -77,7 +78,14 @@ class HandoffWriter:
             keys.append(BlockKey(b"", rest))
         self._arena()
         request = Reserve(transfer_id, self._client.client_id, tuple(keys), hold_ms)
-        reserved: Reserved = await self._client.call("Reserve", request)
+        try:
+            reserved: Reserved = await self._client.call("Reserve", request)
+        except (Unavailable, asyncio.CancelledError):
+            # the answer may be on its way, and space that nobody knows of would stay reserved
+            task = asyncio.create_task(self._give_back(transfer_id, "its writer did not wait"))
+            self._revokes.add(task)
+            task.add_done_callback(self._revokes.discard)
+            raise
         self._transfers[transfer_id] = reserved.slabs
         return Handoff(self._client.address, self._client.epoch, transfer_id)
 
@@ -85,10 +93,10 @@ class HandoffWriter:
         """Copy the (position in the transfer, block id) pairs and seal them; what the store has already is skipped.
 
         Raises Expired or whatever else ended the transfer; it is given up then."""
+        arena = self._arena()
         slabs = self._transfers.get(transfer_id)
         if slabs is None:
             raise Expired(f"transfer {transfer_id} has ended; reserve again")
-        arena = self._arena()
         todo = [(position, block, slabs[position].index) for position, block in blocks if not slabs[position].sealed]
         if not todo:
             return
@@ -113,11 +121,14 @@ class HandoffWriter:
             await self._client.call(method, message)
         except TandemError:
             # nothing is being copied, so the store may have the space back even if it had put it into quarantine
-            try:
-                await self.revoke(transfer_id, f"{method} failed")
-            except TandemError as error:
-                log.warning("transfer %s could not be revoked, its hold will run out: %s", transfer_id, error.message)
+            await self._give_back(transfer_id, f"{method} failed")
             raise
+
+    async def _give_back(self, transfer_id: str, reason: str) -> None:
+        try:
+            await self.revoke(transfer_id, reason)
+        except TandemError as error:
+            log.warning("transfer %s could not be revoked, its hold will run out: %s", transfer_id, error.message)
 
     def _arena(self) -> Arena:
         if not self.connected or self._client.arena is None:

@@ -28,7 +28,7 @@ from router.metrics import Metrics
 from router.middleware import ApiKeys, BodyLimit, RequestId
 from router.openai import ChatRequest, CompletionRequest, GenerationRequest
 from router.operations import operations
-from router.responses import DONE, ChatFormat, CompletionFormat, Format, Head
+from router.responses import DONE, ChatFormat, CompletionFormat, Format, Head, Whole
 from router.service import Service
 from router.settings import RouterSettings
 from router.streaming import ClientLeft, EventStream, until_client_leaves
@@ -107,12 +107,16 @@ async def _answer(
 
 async def _whole(choices: Choices, form: Format) -> bytes:
     texts: dict[int, str] = {}  # choice -> text so far
+    tokens: dict[int, list[int]] = {}
     finishes: dict[int, FinishReason | None] = {}
     async with choices:
         async for piece in choices:
             texts[piece.index] = texts.get(piece.index, "") + piece.text
+            tokens.setdefault(piece.index, []).extend(piece.tokens)
             finishes[piece.index] = piece.finish
-    return form.whole([(texts[index], finishes[index]) for index in sorted(texts)], choices.usage())
+    wanted = sorted(texts)
+    bodies = [Whole(texts[i], finishes[i], tokens[i] if choices.token_ids else None) for i in wanted]
+    return form.whole(bodies, choices.usage())
 
 
 async def _frames(choices: Choices, form: Format, include_usage: bool, metrics: Metrics) -> AsyncGenerator[bytes, None]:
@@ -125,8 +129,8 @@ async def _frames(choices: Choices, form: Format, include_usage: bool, metrics: 
                 if index not in opened:
                     opened.add(index)
                     frame += form.opening(index)
-                if piece.text:
-                    frame += form.text(index, piece.text)
+                if piece.text or choices.token_ids:
+                    frame += form.text(index, piece.text, piece.tokens if choices.token_ids else None)
                 if piece.finish:
                     frame += form.finish(index, piece.finish)
                 yield frame

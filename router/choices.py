@@ -38,17 +38,19 @@ class Piece:
 
     index: int
     text: str
+    tokens: tuple[int, ...]  # new since the piece before
     finish: FinishReason | None
 
 
 class Choices:
     """`async with choices: async for piece in choices: ...`, then `choices.usage()`."""
 
-    def __init__(self, plans: list[Plan], serve: Serve, metrics: Metrics) -> None:
+    def __init__(self, plans: list[Plan], serve: Serve, metrics: Metrics, token_ids: bool = False) -> None:
         self.waiting = len(plans)  # choices without a first token
         self._plans = plans
         self._serve = serve
         self._metrics = metrics
+        self.token_ids = token_ids  # the client wants them: no token waits for its text
         self._arrival = time.monotonic()
         self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self._cached = [0] * len(plans)  # choice -> cached prompt tokens
@@ -100,6 +102,7 @@ class Choices:
     async def _generate(self, index: int, plan: Plan) -> None:
         last = None  # time of the latest delivery
         text = plan.echo
+        tokens: tuple[int, ...] = ()
         async with aclosing(self._serve(plan.request)) as deltas:
             async for delta in deltas:
                 now = time.monotonic()
@@ -111,10 +114,10 @@ class Choices:
                 last = now
                 self._cached[index] = delta.cached_tokens
                 new, finish = _advance(plan, delta)
-                text += new
-                if text or finish:
-                    self._pieces.put_nowait(Piece(index, text, finish))
-                    text = ""
+                text, tokens = text + new, tokens + delta.tokens
+                if text or finish or self.token_ids:
+                    self._pieces.put_nowait(Piece(index, text, tokens, finish))
+                    text, tokens = "", ()
                 if finish:
                     return
 

@@ -47,7 +47,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "structural_tag": (),
@@ -191,6 +190,7 @@ class GenerationRequest(BaseModel):
     logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_biases), WithJsonSchema(_BIAS)] = ()
     min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = Field(None, description="the new tokens' ids too, as `token_ids` of each choice")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=128, description="keeps this prompt's cache apart")

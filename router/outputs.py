@@ -154,7 +154,7 @@ class WorkerLink:
 
     async def _follow(self) -> None:
         stream = self._client.stream("Outputs", Outputs(self._router_id), None)
-        async with aclosing(stream) as frames:  # type: ignore[type-var]  # an async generator, typed as less
+        async with aclosing(stream) as frames:  # an async generator, typed as less
             while True:
                 async with asyncio.timeout(self._timeout_s):
                     frame = await anext(frames, None)

@@ -7,7 +7,7 @@ one extra chunk, and only when asked for, because many clients index choices[0].
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,10 +45,19 @@ class Head:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **fields}
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A choice that has ended."""
+
+    text: str
+    finish: FinishReason | None
+    tokens: Sequence[int] | None  # None: not asked for
+
+
 class Format(Protocol):
     """One endpoint's way to write choices: whole, or as chunks."""
 
-    def whole(self, choices: Iterable[tuple[str, FinishReason | None]], usage: Usage) -> bytes:
+    def whole(self, choices: Iterable[Whole], usage: Usage) -> bytes:
         """The body of a response that is not streamed; choices in the order of their index."""
         ...
 
@@ -56,7 +65,7 @@ class Format(Protocol):
         """What comes before a choice's first text."""
         ...
 
-    def text(self, index: int, text: str) -> bytes: ...
+    def text(self, index: int, text: str, tokens: Sequence[int] | None) -> bytes: ...
 
     def finish(self, index: int, reason: FinishReason) -> bytes: ...
 
@@ -75,23 +84,24 @@ class ChatFormat:
         self._head = head
         self._start = orjson.dumps(head.body("chat.completion.chunk"))[:-1]  # without the closing brace
 
-    def whole(self, choices: Iterable[tuple[str, FinishReason | None]], usage: Usage) -> bytes:
+    def whole(self, choices: Iterable[Whole], usage: Usage) -> bytes:
         bodies = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
                 "logprobs": None,
-                "finish_reason": finish,
+                "finish_reason": choice.finish,
             }
-            for index, (text, finish) in enumerate(choices)
+            | _token_ids(choice)
+            for index, choice in enumerate(choices)
         ]
         return orjson.dumps(self._head.body("chat.completion", choices=bodies, usage=usage.body()))
 
     def opening(self, index: int) -> bytes:
         return self._chunk(index, b'{"role":"assistant","content":""}', b"null")
 
-    def text(self, index: int, text: str) -> bytes:
-        return self._chunk(index, b'{"content":%b}' % orjson.dumps(text), b"null")
+    def text(self, index: int, text: str, tokens: Sequence[int] | None) -> bytes:
+        return self._chunk(index, b'{"content":%b}' % orjson.dumps(text), b"null", tokens)
 
     def finish(self, index: int, reason: FinishReason) -> bytes:
         return self._chunk(index, b"{}", orjson.dumps(reason))
@@ -99,9 +109,9 @@ class ChatFormat:
     def usage(self, usage: Usage) -> bytes:
         return event(self._head.body("chat.completion.chunk", choices=[], usage=usage.body()))
 
-    def _chunk(self, index: int, delta: bytes, finish: bytes) -> bytes:
-        return b'data: %b,"choices":[{"index":%d,"delta":%b,"logprobs":null,"finish_reason":%b}]}\n\n' % (
-            self._start, index, delta, finish,
+    def _chunk(self, index: int, delta: bytes, finish: bytes, tokens: Sequence[int] | None = None) -> bytes:
+        return b'data: %b,"choices":[{"index":%d,"delta":%b,"logprobs":null,"finish_reason":%b%b}]}\n\n' % (
+            self._start, index, delta, finish, _token_field(tokens),
         )  # fmt: skip
 
 
@@ -112,18 +122,18 @@ class CompletionFormat:
         self._head = head
         self._start = orjson.dumps(head.body("text_completion"))[:-1]
 
-    def whole(self, choices: Iterable[tuple[str, FinishReason | None]], usage: Usage) -> bytes:
+    def whole(self, choices: Iterable[Whole], usage: Usage) -> bytes:
         bodies = [
-            {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
-            for index, (text, finish) in enumerate(choices)
+            {"index": index, "text": choice.text, "logprobs": None, "finish_reason": choice.finish} | _token_ids(choice)
+            for index, choice in enumerate(choices)
         ]
         return orjson.dumps(self._head.body("text_completion", choices=bodies, usage=usage.body()))
 
     def opening(self, index: int) -> bytes:
         return b""
 
-    def text(self, index: int, text: str) -> bytes:
-        return self._chunk(index, orjson.dumps(text), b"null")
+    def text(self, index: int, text: str, tokens: Sequence[int] | None) -> bytes:
+        return self._chunk(index, orjson.dumps(text), b"null", tokens)
 
     def finish(self, index: int, reason: FinishReason) -> bytes:
         return self._chunk(index, b'""', orjson.dumps(reason))
@@ -131,7 +141,15 @@ class CompletionFormat:
     def usage(self, usage: Usage) -> bytes:
         return event(self._head.body("text_completion", choices=[], usage=usage.body()))
 
-    def _chunk(self, index: int, text: bytes, finish: bytes) -> bytes:
-        return b'data: %b,"choices":[{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b}]}\n\n' % (
-            self._start, index, text, finish,
+    def _chunk(self, index: int, text: bytes, finish: bytes, tokens: Sequence[int] | None = None) -> bytes:
+        return b'data: %b,"choices":[{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b%b}]}\n\n' % (
+            self._start, index, text, finish, _token_field(tokens),
         )  # fmt: skip
+
+
+def _token_ids(choice: Whole) -> dict[str, Any]:
+    return {} if choice.tokens is None else {"token_ids": choice.tokens}
+
+
+def _token_field(tokens: Sequence[int] | None) -> bytes:
+    return b"" if tokens is None else b',"token_ids":%b' % orjson.dumps(list(tokens))

@@ -119,7 +119,7 @@ class Service:
                 sampling = self._sampling(body, room, (seed + choice) & SEED_MASK)
                 request = Request(f"{unique}-{len(plans)}", tokens, sampling, hash_salt)
                 plans.append(Plan(request, self._text.detokenizer(body.stop, sampling.min_tokens), number, echo))
-        choices = Choices(plans, self._dispatcher.serve, self._metrics)
+        choices = Choices(plans, self._dispatcher.serve, self._metrics, bool(body.return_token_ids))
         self._open.add(choices)
         return choices
 

@@ -89,7 +89,7 @@ class Served:
                 usage = chunk.get("usage") or usage
                 for choice in chunk["choices"]:
                     text += choice["text"]
-                    tokens += choice["token_ids"]
+                    tokens += choice.get("token_ids", [])
                     finish = choice["finish_reason"] or finish
         assert done
         return Completion(text, tokens, finish, usage)
@@ -101,7 +101,7 @@ class Served:
             state = self.status()
             workers = all(w["connected"] and w["kv_blocks_used"] == w["running"] == 0 for w in state["workers"])
             slabs = [s["slabs"] for s in state["stores"]]
-            stores = all(s["free"] + s["cached"] == s["slabs"] for s in slabs)
+            stores = all(s is not None and s["free"] + s["cached"] == s["slabs"] for s in slabs)
             return workers and stores
 
         wait_until(quiet, 40, lambda: json.dumps(self.status(), indent=1))

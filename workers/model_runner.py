@@ -90,6 +90,6 @@ def _blocks(block_layout: Layout, memory: int, max_context: int) -> int:
     if blocks < needed:
         raise ModelError(
             f"kv_memory of {memory / MIB:.0f} MiB holds {blocks * block_layout.tokens} tokens, fewer than one sequence "
-            f"of {max_context}; lower max_context to that or raise kv_memory to {needed * block_layout.block_bytes} bytes"
+            f"of {max_context}; lower max_context to that or set kv_memory to {needed * block_layout.block_bytes} bytes"
         )
     return blocks

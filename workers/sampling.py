@@ -118,7 +118,7 @@ def _ranked_floor(values: Tensor, logits: Tensor, floor: float, s: Sampling) -> 
         if s.top_k > len(values):
             return -math.inf
         floor = max(floor, float(values[s.top_k - 1]))
-        everything = values  # the mass of what top-k leaves
+        everything = values  # holds all that is left; summing it is cheaper
     if s.top_p >= 1.0:
         return floor
     peak = values[0]

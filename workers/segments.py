@@ -19,9 +19,7 @@ from kernels.attention import QUERY_TILE, Mask, Segment, Tile
 from kvstore.layout import Layout
 
 GROUP_COST_TOKENS = 384  # another decode segment costs as much as attending to this many tokens of padding
-GATHER_BYTES = (
-    8 * 2**20
-)  # keys and values of one decode segment and layer: they should still be in the last-level cache
+GATHER_BYTES = 8 * 2**20  # keys and values of one decode segment and layer; scratch memory, and more is no faster
 
 Ints = npt.NDArray[np.int64]
 

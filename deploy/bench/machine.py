@@ -1,4 +1,4 @@
-"""The machine's own limits, through torch: memory bandwidth and matrix-multiply rate. All else is a fraction of these."""
+"""The machine's own limits, through torch: memory bandwidth and GEMM rate. All else is a fraction of these."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -54,17 +55,20 @@ def prompts(model: Path) -> list[list[int]]:
 
 
 @cache
-def _model(directory: Path) -> object:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+def _model(directory: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # generate() would take it from here when the caller gives none
+    return model
 
 
 @cache
 def greedy(directory: Path, prompt: tuple[int, ...], new: int) -> list[int]:
     """`new` tokens whatever they are: no end-of-sequence token ends them."""
     config = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     ids = torch.tensor([prompt])
     with torch.inference_mode():
-        output = _model(directory).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[attr-defined]
+        output = _model(directory).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    assert output.shape[1] == len(prompt) + new
     return output[0, len(prompt) :].tolist()

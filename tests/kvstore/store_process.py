@@ -1,4 +1,4 @@
-"""A block store, or a writer, as a process of its own, to be killed by the tests. Settings come as JSON on standard input."""
+"""A store, writer or reader as a process of its own, to be killed by the tests. Settings are JSON on standard input."""
 
 import asyncio
 import json

@@ -141,3 +141,12 @@ def test_presence_ends_with_its_process_and_not_before(tmp_path: Path) -> None:
     presence.close()
     assert not present(arena, "w")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_dead_writers_of_vanished_stores_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "tandem-s-0.arena.dead").touch()
+    (tmp_path / "another").touch()
+    living = Presence(tmp_path / "tandem-s-0.arena", "living")
+    remove_stale(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tandem-s-0.arena.living", "another"}
+    living.close()

@@ -71,6 +71,7 @@ class FakeWorker:
         self.accept = asyncio.Event()  # cleared: Submit does not answer
         self.accept.set()
         self.follow = True  # False: a decode job does not wait for its handoff
+        self.repeat = False  # True: a decode job sends the first token too, though the prefill worker has sent it
         self.hold_at: int | None = None  # index of the token in front of which every job waits for `go`
         self.go = asyncio.Event()
         self.fail_held: tuple[str, str] | None = None  # what jobs that held do when they may go on
@@ -136,7 +137,7 @@ class FakeWorker:
         if isinstance(job, PrefillJob):
             end = index + 1
         elif job.handoff and (not self.follow or await asyncio.shield(self._transfers[job.handoff.transfer_id])):
-            index += 1
+            index += not self.repeat
         if self.fail:
             outbox.put_nowait(JobFailed(generation.id, *self.fail))
             return

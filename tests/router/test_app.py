@@ -292,3 +292,15 @@ def test_an_error_before_the_first_token_has_a_status_even_for_streams(api: Api)
     assert response.json()["error"] == {
         "message": "no such token", "type": "invalid_request_error", "param": None, "code": "invalid_value",
     }  # fmt: skip
+
+
+def test_token_ids_are_returned_only_when_asked_for(api: Api, client: openai.OpenAI) -> None:
+    ask: Any = {"model": MODEL, "prompt": "hello world", "max_tokens": 9}
+    plain = client.completions.create(**ask)
+    assert "token_ids" not in plain.choices[0].model_dump()
+    wanted = {"extra_body": {"return_token_ids": True}}
+    whole = client.completions.create(**ask, **wanted).choices[0].model_dump()["token_ids"]
+    assert whole == tokens_for(prompt_of(api), 9)
+    chunks = client.completions.create(**ask, **wanted, stream=True)
+    pieces = [c.choices[0].model_dump().get("token_ids", []) for c in chunks]
+    assert [token for piece in pieces for token in piece] == whole

@@ -88,6 +88,17 @@ def test_a_first_token_lost_with_its_worker_is_computed_again() -> None:
     run("pd", test)
 
 
+@pytest.mark.parametrize("per_frame", [1, 3])
+@pytest.mark.parametrize("follow", [True, False])
+def test_tokens_that_both_legs_send_are_delivered_once(per_frame: int, follow: bool) -> None:
+    async def test(b: Bench) -> None:
+        b.workers["d1"].repeat, b.workers["d1"].tokens_per_frame, b.workers["d1"].follow = True, per_frame, follow
+        assert await b.serve() == tokens_for(PROMPT, 8)
+        await b.quiet()
+
+    run("pd", test)
+
+
 # -------------------------------------------------------------------------------------------- when decode goes wrong
 @pytest.mark.parametrize("roles", ["pdd", "bb", "dd"])
 @pytest.mark.parametrize("at", [1, 4, 7])

@@ -17,8 +17,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 F32, F16, BF16, Q8_0 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0"))
+VOCAB_SIZE = 320
 SIZES = {
-    "vocab_size": 320,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -46,7 +47,10 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-WORDS = "the there then other hello world token tokens block blocks decode prefill straße naïve 日本語".split()
+WORDS = (
+    "the", "there", "then", "other", "hello", "world", "token", "tokens", "block", "blocks", "decode", "prefill",
+    "straße", "naïve", "日本語",
+)  # fmt: skip
 
 
 def random_model(model_type: str, **changes: Any) -> Any:
@@ -62,7 +66,7 @@ def random_model(model_type: str, **changes: Any) -> Any:
     return model
 
 
-def byte_vocabulary(size: int = SIZES["vocab_size"], pre: str = "smollm") -> dict[str, Any]:  # type: ignore[assignment]
+def byte_vocabulary(size: int = VOCAB_SIZE, pre: str = "smollm") -> dict[str, Any]:
     """A "gpt2" vocabulary: three control tokens, the bytes, two merges, padding."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "Ġhe"]
     types = [3, 3, 3] + [1] * (len(tokens) - 3) + [5] * (size - len(tokens))

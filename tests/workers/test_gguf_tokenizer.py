@@ -97,9 +97,12 @@ def test_what_cannot_be_right_is_refused(changes: dict[str, Any], message: str) 
         build_tokenizer(byte_vocabulary() | changes)
 
 
-@pytest.mark.parametrize("missing", ["tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.model"])
-def test_what_is_missing_is_named(missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("model", "None is not supported"), ("tokens", "carries no tokenizer"), ("merges", "lacks 'tokenizer")],
+)
+def test_what_is_missing_is_named(missing: str, message: str) -> None:
     vocabulary = byte_vocabulary()
-    del vocabulary[missing]
-    with pytest.raises(ModelError, match=r"tokenizer|None"):
+    del vocabulary[f"tokenizer.ggml.{missing}"]
+    with pytest.raises(ModelError, match=message):
         build_tokenizer(vocabulary)
