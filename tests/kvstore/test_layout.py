@@ -99,7 +99,8 @@ def test_sizes() -> None:
 
 def test_every_field_is_in_the_fingerprint() -> None:
     layout = Layout(heads=3, layers=5, tokens=7, dim=9, dtype="float32", itemsize=4)
-    others = [dataclasses.replace(layout, **{f: 2}) for f in ("heads", "layers", "tokens", "dim", "itemsize")]
+    sizes = ("heads", "layers", "tokens", "dim", "itemsize")
+    others = [dataclasses.replace(layout, **{size: 2}) for size in sizes]  # type: ignore[arg-type]
     swapped = dataclasses.replace(layout, heads=5, layers=3)  # as many bytes, in other places
     prints = {x.fingerprint for x in [layout, swapped, *others, dataclasses.replace(layout, dtype="int32")]}
     assert len(prints) == 8

@@ -1,6 +1,7 @@
 """Handoffs through a real store over real gRPC: every byte arrives, and every failure costs blocks and nothing else."""
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_blocks_arrive_while_later_ones_are_still_computed(inline: bool) -> None
             for position in range(5):
                 assert position not in target.blocks
                 await w.send("t", pairs(position))
-                await until(lambda p=position: p in target.blocks, f"block {position}")  # type: ignore[misc]
+                await until(lambda p=position: p in target.blocks, f"block {position}")
             assert not receiving.done()
             await w.finish("t", None)
             received = await receiving
@@ -338,14 +339,17 @@ def test_a_reader_that_is_cancelled_lets_go_and_touches_nothing_more() -> None:
 def test_a_reservation_whose_caller_left_is_given_back() -> None:
     async def body() -> None:
         async with store(8) as (address, _), writer(address) as w:
-            for i in range(20):
-                reserving = asyncio.create_task(w.reserve(f"t{i}", hashes_for(18), 18, HOLD_MS))
-                for _ in range(i):  # leave at another point each time
+            for turns in itertools.count():  # leave one turn of the loop later each time, until it is too late to leave
+                name = f"t{turns}"
+                reserving = asyncio.create_task(w.reserve(name, hashes_for(18), 18, HOLD_MS))
+                for _ in range(turns):
                     await asyncio.sleep(0)
                 reserving.cancel()
                 (result,) = await asyncio.gather(reserving, return_exceptions=True)
                 if isinstance(result, Handoff):
-                    await w.revoke(f"t{i}", "it was faster")
+                    await w.revoke(name, "it was faster")
+                    break
+                await until(lambda: quiet(address), "nothing is left of it")
             await until(lambda: quiet(address), "nothing is left of them")
 
     async def quiet(address: str) -> bool:
