@@ -6,8 +6,9 @@ a member lives is for its stream to say, so a Redis that lost everything is whol
 
 from __future__ import annotations
 
+from cluster.codec import decode, encode
 from cluster.errors import ProtocolError
-from cluster.messages import StoreInfo, WorkerInfo, decode, encode
+from cluster.messages import StoreInfo, WorkerInfo
 from cluster.redis import Link
 
 TIMEOUT_S = 1.0

@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc
 
+from cluster.codec import decode, encode
 from cluster.errors import DeadlineExceeded, TandemError, Unauthorized, WorkerLost, subclasses
-from cluster.messages import decode, encode
 
 SERVICE = "tandem.v1"
 MAX_MESSAGE_BYTES = 16 * 2**20  # frames are about 1 MiB; the largest message is a job with a long prompt

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import StoreError, WorkerLost
-from cluster.messages import Hello, Welcome
 from cluster.rpc import Client
+from cluster.store_messages import Hello, Welcome
 from kvstore.arena import Arena, machine_id
 from kvstore.hashing import vectors_digest
 from kvstore.layout import Layout

@@ -43,12 +43,3 @@ def checksums(block: Block, layout: Layout) -> bytes:
     """CRC-32 of each (head, layer) cell, head-major, u32le: what a reader of any rectangle can verify."""
     view, size = block.data, layout.cell_bytes
     return struct.pack(f"<{layout.cells}I", *(zlib.crc32(view[i : i + size]) for i in range(0, len(view), size)))
-
-
-def copy_tokens(target: Block, source: Block, layout: Layout, tokens: int) -> None:
-    """The first `tokens` of a block; what lies behind them in the target stays."""
-    if tokens == layout.tokens:
-        target[:] = source
-        return
-    rows = (2 * layout.cells, layout.tokens, layout.dim * layout.itemsize)  # K and V of each cell
-    target.reshape(rows)[:, :tokens] = source.reshape(rows)[:, :tokens]

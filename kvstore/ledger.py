@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import Expired, NoSpace, ProtocolError, StoreError, TandemError, WorkerLost
-from cluster.messages import BlockKey, Sealed, Slab
+from cluster.store_messages import BlockKey, Sealed, Slab
 from kvstore.slabs import Entry, Slabs, State
 
 

@@ -29,10 +29,11 @@ from cluster.errors import (
     WorkerLost,
     subclasses,
 )
-from cluster.messages import Follow, FollowEnd, Fragment, Handoff, Held, Hold, Release
+from cluster.messages import Handoff
+from cluster.store_messages import Follow, FollowEnd, Fragment, Held, Hold, Release
 from kvstore.arena import Arena
 from kvstore.client import StoreClient
-from kvstore.copying import Block, checksums, copy_tokens, in_thread
+from kvstore.copying import Block, checksums, in_thread
 from kvstore.layout import Layout
 
 MESSAGES_AHEAD = 16  # buffered while a copy runs: at most 16 MiB of frames
@@ -180,7 +181,8 @@ class _Arrival:
         index, generation = fragment.slab.index, fragment.slab.generation
         # checked on both sides of the copy: a slab changes hands only after its generation did
         before = arena.generation(index)
-        copy_tokens(self._write_block(self.position), arena.slab(index), self._layout, fragment.tokens)
+        # all of a partial block too: attention multiplies what lies behind its tokens by zero, so it must be finite
+        self._write_block(self.position)[:] = arena.slab(index)
         if not before == generation == arena.generation(index):
             raise Expired(f"block {self.position} was given away while it was copied")
         self.position += 1

@@ -19,8 +19,9 @@ from typing import Any
 
 from cluster.errors import EpochMismatch, LayoutMismatch, NoSpace, ProtocolError, StartupError
 from cluster.identity import Identity
-from cluster.messages import (
-    Ack,
+from cluster.messages import Ack, StoreInfo
+from cluster.rpc import Server, Unary
+from cluster.store_messages import (
     Finish,
     Follow,
     FollowEnd,
@@ -36,11 +37,9 @@ from cluster.messages import (
     Session,
     Slab,
     StatRequest,
-    StoreInfo,
     StoreStat,
     Welcome,
 )
-from cluster.rpc import Server, Unary
 from kvstore.arena import Arena, machine_id
 from kvstore.hashing import vectors_digest
 from kvstore.layout import Layout

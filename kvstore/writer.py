@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 from cluster.errors import DeadlineExceeded, Expired, StoreError, TandemError, Unavailable, WorkerLost
-from cluster.messages import Ack, BlockKey, Finish, Handoff, Reserve, Reserved, Revoke, Seal, Sealed, Session, Slab
+from cluster.messages import Ack, Handoff
+from cluster.store_messages import BlockKey, Finish, Reserve, Reserved, Revoke, Seal, Sealed, Session, Slab
 from kvstore.arena import Arena
 from kvstore.client import CALL_S, StoreClient
 from kvstore.copying import Block, checksums, in_thread

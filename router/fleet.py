@@ -12,8 +12,9 @@ import logging
 from typing import Protocol
 
 from cluster.errors import TandemError, WorkerLost
-from cluster.messages import StatRequest, StoreInfo, StoreStat, WorkerInfo
+from cluster.messages import StoreInfo, WorkerInfo
 from cluster.rpc import Client
+from cluster.store_messages import StatRequest, StoreStat
 from router.outputs import WorkerLink
 from router.placement import WorkerView
 

@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cluster.messages import Load, StoreInfo, StoreStat
+from cluster.messages import Load, StoreInfo
+from cluster.store_messages import StoreStat
 from router.outputs import WorkerLink
 
 FINISHED = "finished"

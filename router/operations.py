@@ -16,7 +16,8 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 
 from cluster.errors import Unavailable, UnknownModel
-from cluster.messages import StoreInfo, StoreStat
+from cluster.messages import StoreInfo
+from cluster.store_messages import StoreStat
 from router.fleet import Fleet
 from router.http_errors import response
 from router.metrics import Metrics

@@ -64,9 +64,7 @@ def _model(directory: Path) -> Any:
 @cache
 def greedy(directory: Path, prompt: tuple[int, ...], new: int) -> list[int]:
     """`new` tokens whatever they are: no end-of-sequence token ends them."""
-    config = GenerationConfig(
-        max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         output = _model(directory).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)

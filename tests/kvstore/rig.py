@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.identity import Identity
-from cluster.messages import StatRequest, StoreStat
 from cluster.rpc import Client
+from cluster.store_messages import StatRequest, StoreStat
 from kvstore.client import StoreClient
 from kvstore.hashing import ModelKey, extend
 from kvstore.layout import Layout
+from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
-from kvstore.transfer import HandoffReader, HandoffWriter
+from kvstore.writer import HandoffWriter
 
 SECRET = "a cluster secret"
 LAYOUT = Layout(heads=2, layers=3, tokens=4, dim=8, dtype="float32", itemsize=4)

@@ -12,8 +12,9 @@ from cluster.identity import Identity
 from cluster.messages import Handoff
 from kvstore.client import StoreClient
 from kvstore.layout import Layout
+from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
-from kvstore.transfer import HandoffReader, HandoffWriter
+from kvstore.writer import HandoffWriter
 from tests.kvstore.rig import LAYOUT, block_of, hashes_for
 
 

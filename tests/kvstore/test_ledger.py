@@ -5,7 +5,7 @@ import random
 import pytest
 
 from cluster.errors import Expired, NoSpace, ProtocolError, StoreError, TandemError
-from cluster.messages import BlockKey, Sealed, Slab
+from cluster.store_messages import BlockKey, Sealed, Slab
 from kvstore.ledger import Ledger, Transfer
 from kvstore.slabs import Slabs, State
 

@@ -21,11 +21,13 @@ from cluster.errors import (
     Unauthorized,
     WorkerLost,
 )
-from cluster.messages import Handoff, Reserve
+from cluster.messages import Handoff
+from cluster.store_messages import Reserve
 from kvstore.client import StoreClient
 from kvstore.layout import Layout
+from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
-from kvstore.transfer import HandoffReader, HandoffWriter
+from kvstore.writer import HandoffWriter
 from tests.kvstore.rig import (
     LAYOUT,
     SECRET,

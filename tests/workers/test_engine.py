@@ -252,7 +252,7 @@ def test_a_handoff_waits_until_there_is_room_for_all_of_it() -> None:
     run = Run(engine(num_blocks=20))
     run.engine.add(sequence("busy", prompt(40), new=20))
     run.step()
-    run.engine.add(sequence("d", prompt(60), handoff=Handoff("store", 1, "p")))
+    run.engine.add(sequence("d", prompt(60, seed=2), handoff=Handoff("store", 1, "p")))
     while "busy" in run.engine.sequences:
         run.step()
         assert run.receives == [] or "busy" not in run.engine.sequences
