@@ -38,7 +38,7 @@ class Config(pydantic.BaseModel):
     # where it listens
     host: str = Field("127.0.0.1", description="address of the HTTP endpoint and of every internal server")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: a free one")
-    api_keys: tuple[str, ...] = Field((), description="accepted bearer keys; empty: no key is asked for")
+    api_keys: tuple[str, ...] = Field((), repr=False, description="accepted bearer keys; empty: no key is asked for")
     body_limit: int = Field(16 * MIB, ge=1024, description="largest HTTP body")
 
     # who serves it
@@ -51,9 +51,9 @@ class Config(pydantic.BaseModel):
 
     # KV blocks
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
-    kv_memory: int = Field(0, ge=0, description="KV cache per worker; 0: an eighth of the memory that is free")
+    kv_memory: int = Field(0, ge=0, description="KV cache per worker; 0: a quarter of the free memory, shared")
     store_memory: int = Field(0, ge=0, description="arena of a block store; 0: a quarter of the free shared memory")
-    redis_url: str = Field("", description="redis://... of the index; empty: start the embedded server")
+    redis_url: str = Field("", repr=False, description="redis://... of the index; empty: start the embedded server")
 
     # scheduling
     token_budget: int = Field(512, ge=16, description="tokens an engine computes per step")
@@ -111,7 +111,7 @@ def resolved(config: Config) -> Config:
         update={
             "dtype": dtype,
             "threads": config.threads or max(1, (os.cpu_count() or 1) // workers),
-            "kv_memory": config.kv_memory or psutil.virtual_memory().available // (8 * workers) * 2,
+            "kv_memory": config.kv_memory or psutil.virtual_memory().available // (4 * workers),
             "store_memory": config.store_memory or psutil.disk_usage(SHM).free // 4,
         }
     )

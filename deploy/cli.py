@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -70,6 +69,8 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 def _serve(config: Config) -> None:
     config = resolved(config)
+    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_keys:
+        console.print(f"anybody who reaches {config.host} can use this server: set TANDEM_API_KEYS", style="yellow")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("importing", total=1.0)
@@ -97,7 +98,7 @@ def _serve(config: Config) -> None:
             )
             command = f"curl {running.url}/v1/chat/completions -H 'content-type: application/json' -d '{example}'"
             console.print(command, markup=False, highlight=False, soft_wrap=True)  # whole, to be pasted
-            threading.Event().wait()
+            running.watch()
 
 
 @app.command()

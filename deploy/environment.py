@@ -58,6 +58,7 @@ def prepare() -> None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # 15 by default: inference would yield to every other process
     }
     if starts_ray():
         # Ray's own ports listen on every interface: a token of our own keeps strangers out

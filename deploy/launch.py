@@ -49,6 +49,7 @@ READY_S = 600.0  # weights of a large model from a slow disk
 PLACE_S = 60.0  # an actor that Ray has not started by then has no node to run on
 STOP_S = 20.0
 POLL_S = 0.1
+WATCH_S = 1.0
 
 Report = Callable[[str, float], None]  # (what is going on, how much of it is done 0..1)
 
@@ -61,6 +62,14 @@ class Running:
     model_name: str
     workers: list[WorkerInfo]
     stores: list[StoreInfo]
+    redis: EmbeddedRedis | None
+
+    def watch(self) -> None:
+        """Until interrupted. Ray looks after its actors; the embedded Redis has nobody else."""
+        while True:
+            time.sleep(WATCH_S)
+            if self.redis is not None:
+                self.redis.revive()
 
 
 def check_port(host: str, port: int) -> int:
@@ -83,12 +92,13 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
     port = check_port(config.host, config.port)
     secret = secrets.token_hex(32)
     with contextlib.ExitStack() as stack:
-        redis_url = config.redis_url
-        if redis_url:
-            ping(redis_url, timeout_s=5.0)
+        redis = None
+        if config.redis_url:
+            ping(config.redis_url, timeout_s=5.0)
         else:
             report("starting Redis", 0.0)
-            redis_url = stack.enter_context(contextlib.closing(EmbeddedRedis())).url
+            redis = stack.enter_context(contextlib.closing(EmbeddedRedis()))
+        redis_url = redis.url if redis else config.redis_url
         report("starting Ray", 0.0)
         stack.enter_context(_ray(config))
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -122,7 +132,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         serve.run(front_door.application(config, settings), name="tandem", route_prefix="/")
         url = f"http://{config.host}:{port}"
         _await_health(url)
-        yield Running(url, settings.served_model_name, worker_infos, store_infos)
+        yield Running(url, settings.served_model_name, worker_infos, store_infos, redis)
 
 
 def model_key(config: Config, directory: Path, architecture: Architecture) -> ModelKey:

@@ -7,6 +7,7 @@ nodes share a Redis of their operator's instead, and `ping` says whether that on
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import redis
@@ -28,6 +30,7 @@ from cluster.redis import redacted
 START_S = 10.0
 STOP_S = 5.0
 POLL_S = 0.02
+log = logging.getLogger(__name__)
 # Runs in the child and becomes the server. Not `preexec_fn`: that forks, and gRPC's threads do not survive a fork.
 # 1 is PR_SET_PDEATHSIG of <linux/prctl.h>; the parent may have ended before it is set.
 LAUNCHER = """
@@ -59,7 +62,8 @@ class EmbeddedRedis:
         password = secrets.token_hex(16)
         port = _free_port()
         self.url = f"redis://:{password}@127.0.0.1:{port}/0"
-        self._process = _start(self._folder, port, password)
+        self._start = partial(_start, self._folder, port, password)
+        self._process = self._start()
         deadline = time.monotonic() + START_S
         while True:
             try:
@@ -74,6 +78,12 @@ class EmbeddedRedis:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def revive(self) -> None:
+        """Start it again, empty, on the same port with the same password, if it has died; owners publish anew."""
+        if self._process.poll() is not None:
+            log.warning("the embedded Redis ended with %d and is started again", self._process.returncode)
+            self._process = self._start()
 
     def close(self) -> None:
         self._process.terminate()

@@ -221,10 +221,12 @@ class Worker:
         """Room for a prefill's blocks. Whoever asked may leave meanwhile, by abort or by a broken stream."""
         sequence.transfer_id = sequence.id
         self._accepting.add(sequence.id)
-        handoff = await self._handoffs.reserve(sequence)
-        connected = sequence.router_id in (key for key, _ in self._routers.values())
-        still_wanted = connected and sequence.id in self._accepting
-        self._accepting.discard(sequence.id)
+        try:
+            handoff = await self._handoffs.reserve(sequence)
+            connected = sequence.router_id in (key for key, _ in self._routers.values())
+            still_wanted = connected and sequence.id in self._accepting
+        finally:
+            self._accepting.discard(sequence.id)
         if not still_wanted:
             self._handoffs.revoke(sequence.transfer_id)
             raise Unavailable("aborted before it was accepted")
@@ -239,23 +241,25 @@ class Worker:
         self._role = message.role
         return Ack()
 
-    async def _outputs(self, message: Outputs, _: Any) -> AsyncIterator[StepOutput]:
+    async def _outputs(self, message: Outputs, context: Any) -> AsyncIterator[StepOutput]:
         self._streams += 1
         key = f"{message.router_id}#{self._streams}"
         frames: asyncio.Queue[StepOutput] = asyncio.Queue()
         self._routers[message.router_id] = (key, frames)
-        yield StepOutput((), self._load)
-        try:
-            while True:
-                try:
-                    frame = await asyncio.wait_for(frames.get(), HEARTBEAT_S)
-                except TimeoutError:
-                    frame = StepOutput((), self._load)
-                yield frame
-        finally:
-            if self._routers.get(message.router_id, ("",))[0] == key:
-                del self._routers[message.router_id]
-            self._post(partial(self._abort_stream, key))
+        # not `finally`: it would not run before garbage collection when the stream breaks while a frame is sent
+        context.add_done_callback(lambda _: self._router_left(message.router_id, key))
+        frame = StepOutput((), self._load)  # at once: a router counts a worker as connected from its first frame
+        while True:
+            yield frame
+            try:
+                frame = await asyncio.wait_for(frames.get(), HEARTBEAT_S)
+            except TimeoutError:
+                frame = StepOutput((), self._load)
+
+    def _router_left(self, router_id: str, key: str) -> None:
+        if self._routers.get(router_id, ("",))[0] == key:
+            del self._routers[router_id]
+        self._post(partial(self._abort_stream, key))
 
     def _abort_stream(self, key: str) -> None:
         self._engine.abort([s.id for s in self._engine.sequences.values() if s.router_id == key])

@@ -70,3 +70,10 @@ def test_resolved_replaces_every_auto_and_changes_nothing_else() -> None:
 def test_there_are_few_knobs_and_each_is_documented() -> None:
     assert len(Config.model_fields) < 40
     assert all(field.description for field in Config.model_fields.values())
+
+
+def test_the_documentation_lists_every_setting_as_it_is() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    for name, field in Config.model_fields.items():
+        default = "" if field.default in ("", ()) else f"`{field.default}`"
+        assert f"| `{name}` | {default} | {field.description} |" in text

@@ -1,10 +1,12 @@
 """What a user sees of a running deployment: real text, real processes, real bytes, exact under load and failure."""
 
+import csv
 import itertools
 import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,6 +148,49 @@ def test_a_killed_store_costs_time_but_no_token(small: Served, tiny: Path) -> No
         return small.metric("tandem_handoff_bytes_total") > before
 
     wait_until(handed_over, 60, lambda: str(small.status()))
+    small.assert_no_leaks()
+
+
+def test_a_killed_redis_stops_nothing_and_comes_back(small: Served, tiny: Path) -> None:
+    (redis,) = [p for p in psutil.Process(small.process.pid).children() if p.name() == "redis-server"]
+    redis.kill()
+    for start in range(3):
+        prompt = tuple(range(30 + start, 90))
+        assert small.complete(list(prompt), 20, ignore_eos=True).tokens == greedy(tiny, prompt, 20)
+    known = {w["id"] for w in small.status()["workers"]}
+    assert known == {"prefill-0", "decode-0"}
+    wait_until(lambda: small.status()["redis"] == "reachable", 30, lambda: str(small.status()))
+    small.assert_no_leaks()
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
+def test_a_hung_worker_loses_no_request(small: Served, tiny: Path, victim: str) -> None:
+    """SIGSTOP: no connection breaks, so only silence gives it away."""
+    prompt = tuple(random.Random(victim).randrange(10, 400) for _ in range(1500))
+    wait_until(lambda: all(w["connected"] for w in small.status()["workers"]), 60)
+    pid = small.pid(victim)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert small.complete(list(prompt), 30, ignore_eos=True).tokens == greedy(tiny, prompt, 30)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: all(w["connected"] for w in small.status()["workers"]), 60)
+    assert small.complete([5, 6, 7], 8, ignore_eos=True).tokens == greedy(tiny, (5, 6, 7), 8)
+    small.assert_no_leaks()
+
+
+def test_locust_users_measure_first_tokens_and_fail_on_none(small: Served, tmp_path: Path) -> None:
+    options = ["--headless", "-u", "4", "-r", "4", "-t", "5s", "--only-summary", "--csv", str(tmp_path / "run")]
+    run = subprocess.run(
+        [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--host", small.url, *options],
+        env=environment(small.mark), capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    with (tmp_path / "run_stats.csv").open() as stats:
+        rows = {row["Name"]: row for row in csv.DictReader(stats)}
+    assert int(rows["TTFT"]["Request Count"]) >= int(rows["request"]["Request Count"]) > 0
+    assert int(rows["ITL"]["Request Count"]) > 0
+    assert int(rows["Aggregated"]["Failure Count"]) == 0
     small.assert_no_leaks()
 
 

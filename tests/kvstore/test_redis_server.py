@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,27 @@ def test_it_answers_those_who_know_the_password_and_ends_when_closed() -> None:
     with pytest.raises(StartupError, match="cannot reach Redis") as caught:
         ping(server.url, 1.0)
     assert password not in caught.value.message
+
+
+def test_one_that_died_comes_back_at_the_same_url() -> None:
+    server = EmbeddedRedis()
+    try:
+        first = server.pid
+        server.revive()
+        assert server.pid == first
+        os.kill(first, signal.SIGKILL)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+        server.revive()
+        assert server.pid != first
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                ping(server.url, 1.0)
+                break
+            except StartupError:
+                assert time.monotonic() < deadline
+    finally:
+        server.close()
 
 
 def test_two_do_not_collide() -> None:
