@@ -98,6 +98,6 @@ def _stream(url: str, vocab_size: int) -> list[float]:
         raise StartupError(f"the server answered {response.status}: {response.read()[:200]!r}")
     for line in response:
         if line.startswith(b"data: {"):
-            times += [time.perf_counter() - start] * len(json.loads(line[6:])["choices"][0]["token_ids"])
+            times += [time.perf_counter() - start] * len(json.loads(line[6:])["choices"][0].get("token_ids", []))
     connection.close()
     return times
