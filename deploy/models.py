@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ModelError, StartupError
-from workers.gguf import cache_root, convert
+from workers.gguf import convert
+from workers.model_cache import cache_root
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,15 +16,16 @@ from pathlib import Path
 
 from cluster.errors import ModelError
 from workers.checkpoint import weight_files
+from workers.model_cache import cache_root
 
-DIGEST_CACHE = Path.home() / ".cache" / "tandem" / "digests.json"
 CHUNK_BYTES = 4 * 2**20
 _log = logging.getLogger(__name__)
 
 
-def weights_digest(directory: Path, cache: Path = DIGEST_CACHE) -> bytes:
+def weights_digest(directory: Path, cache: Path | None = None) -> bytes:
     """SHA-256 over the names and bytes of config.json and every weight file. Raises ModelError like `weight_files`."""
     files = [directory / "config.json", *weight_files(directory)]
+    cache = cache or cache_root() / "digests.json"
     known = _read_cache(cache)
     try:
         keys = [_cache_key(file) for file in files]

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from cluster.errors import ModelError
 from workers.gguf_config import model_config, token_ids
 from workers.gguf_tensors import check_complete, plan
 from workers.gguf_tokenizer import Metadata, build_tokenizer, end_token_ids, tokenizer_config
+from workers.model_cache import cache_root
 from workers.safetensors_writer import write_shards
 
 CONVERTER_VERSION = 1  # raise when the same GGUF file would convert to something else
@@ -40,10 +40,6 @@ class _Source:
 
     metadata: Metadata
     tensors: dict[str, Any]  # GGUF name -> gguf.ReaderTensor
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
 
 
 def convert(path: Path, progress: Callable[[float], None]) -> Path:

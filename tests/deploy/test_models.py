@@ -12,7 +12,7 @@ import pytest
 from cluster.errors import ModelError, StartupError
 from deploy.models import DEMO_FILE, DEMO_MODULE, demo_file, resolve
 from tests.workers.gguf_files import byte_vocabulary, metadata_of, random_model, tensors_of, write_gguf
-from workers.gguf import cache_root
+from workers.model_cache import cache_root
 
 
 @pytest.fixture

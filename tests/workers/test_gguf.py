@@ -21,7 +21,8 @@ from deploy.models import demo_file
 from tests.workers.gguf_files import BF16, F16, Q8_0, byte_vocabulary, metadata_of, random_model, tensors_of, write_gguf
 from tests.workers.gguf_files import sentence_piece_vocabulary as sentence_pieces
 from workers.architecture import load_architecture
-from workers.gguf import cache_root, convert
+from workers.gguf import convert
+from workers.model_cache import cache_root
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
