@@ -174,12 +174,12 @@ def _ray(config: Config) -> Iterator[None]:
             "object_store_memory": 80 * 2**20,  # Ray's minimum: no KV and no tokens ever pass through it
             "_node_ip_address": LOOPBACK,
         }
+    address = os.environ.get("RAY_ADDRESS", "local")
     try:
-        address = os.environ.get("RAY_ADDRESS", "local")
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise StartupError(f"cannot start or join Ray ({address}): {str(error).splitlines()[0]}") from None
-    try:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+            raise StartupError(f"cannot start or join Ray ({address}): {str(error).splitlines()[0]}") from None
         yield
     finally:
         ray.shutdown()

@@ -67,7 +67,7 @@ class StoreServer:
         self._arena = Arena.create(store_id, layout, memory, self._epoch)
         self._ledger = Ledger(Slabs(self._arena.slabs))
         self._sealed_bytes = 0
-        self._news: dict[str, asyncio.Event] = {}  # transfer -> set when a follower of it has something to look at
+        self._news: dict[str, set[asyncio.Event]] = {}  # transfer -> its followers, each woken to look again
         self._ghosts: set[str] = set()  # clients without a session whose process may still write
         self._server: Server | None = None
         self._publisher: Publisher | None = None
@@ -195,8 +195,9 @@ class StoreServer:
         if message.epoch != self._epoch:
             raise EpochMismatch("the store has restarted since this handoff was made; recompute it")
         transfer = self._ledger.follow(message.transfer_id, time.monotonic())
-        context.add_done_callback(lambda _: self._unfollow(transfer))
-        news = self._news.setdefault(transfer.id, asyncio.Event())
+        news = asyncio.Event()
+        self._news.setdefault(transfer.id, set()).add(news)
+        context.add_done_callback(lambda _: self._unfollow(transfer, news))
         position = message.start
         while True:
             news.clear()
@@ -223,10 +224,11 @@ class StoreServer:
             frame = data[offset : offset + FRAME_BYTES].tobytes()
             yield Fragment(position, tokens, slab, entry.checksums if last else b"", offset, frame, last)
 
-    def _unfollow(self, transfer: Transfer) -> None:
+    def _unfollow(self, transfer: Transfer, news: asyncio.Event) -> None:
         self._ledger.unfollow(transfer, time.monotonic())
-        if not transfer.followers:
-            self._news.pop(transfer.id, None)
+        self._news[transfer.id].discard(news)
+        if not self._news[transfer.id]:
+            del self._news[transfer.id]
 
     # ------------------------------------------------------------------------------------------------------ the rest
     async def _stat(self, _: StatRequest, __: Any) -> StoreStat:
@@ -248,8 +250,8 @@ class StoreServer:
         )
 
     def _notify(self, transfer_id: str) -> None:
-        if transfer_id in self._news:
-            self._news[transfer_id].set()
+        for news in self._news.get(transfer_id, ()):
+            news.set()
 
     def _publish(self) -> None:
         changes = self._ledger.slabs.take_changes()

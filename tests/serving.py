@@ -155,6 +155,7 @@ def serving(*arguments: str, **more: str) -> Iterator[Served]:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(mark, **more),
+            start_new_session=True,
         )
         try:
             url = _await_banner(process, output)
@@ -183,7 +184,8 @@ def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
     def left() -> list[psutil.Process]:
         return marked(mark) + [child for child in children if child.is_running()]
 
-    process.send_signal(signal.SIGINT)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal's Ctrl-C does: Ray's processes get it too
     try:
         process.wait(STOP_S)
         wait_until(lambda: not left(), 20, lambda: f"left behind: {left()}")

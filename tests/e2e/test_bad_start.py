@@ -1,12 +1,15 @@
 """`tandem serve` that cannot start: one clear line, a non-zero exit, no traceback, nothing left behind."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.serving import command, environment, marked, wait_until
@@ -74,3 +77,29 @@ def test_a_misspelt_setting(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_context_longer_than_the_model_has(tiny: Path) -> None:
     assert "--max-context" in fails(str(tiny), "--port", "0", "--max-context", "1000000")
+
+
+@pytest.mark.parametrize("child", ["redis-server", "raylet", "ray::WorkerActor"])
+def test_ctrl_c_while_it_starts(tiny: Path, tmp_path: Path, child: str) -> None:
+    """Interrupted as soon as a certain child exists, it stops what it has started."""
+    mark = uuid.uuid4().hex
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command("serve", str(tiny), "--port", "0"),
+            stdout=log,
+            stderr=log,
+            env=environment(mark),
+            start_new_session=True,
+        )
+
+    def exists() -> bool:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        return any(child in p.name() for p in [*psutil.Process(process.pid).children(), *marked(mark)])
+
+    wait_until(exists, 60)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    left = lambda: marked(mark) + [p for p in children if p.is_running()]  # noqa: E731
+    wait_until(lambda: not left(), 20, lambda: f"left behind: {left()}")
