@@ -163,6 +163,24 @@ def test_a_killed_redis_stops_nothing_and_comes_back(small: Served, tiny: Path) 
     small.assert_no_leaks()
 
 
+def test_a_killed_router_ends_its_streams_leaks_nothing_and_comes_back(small: Served, tiny: Path) -> None:
+    body = {"prompt": list(range(10, 200)), "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    (router,) = [p for p in marked(small.mark) if "ServeReplica" in p.name()]
+    with httpx.stream("POST", f"{small.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        router.kill()
+        with pytest.raises(httpx.RemoteProtocolError):
+            for _ in lines:
+                pass
+
+    def serves() -> bool:
+        return small.post("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 8}).status_code == 200
+
+    wait_until(serves, 60)
+    small.assert_no_leaks()
+
+
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
 def test_a_hung_worker_loses_no_request(small: Served, tiny: Path, victim: str) -> None:
     """SIGSTOP: no connection breaks, so only silence gives it away."""
