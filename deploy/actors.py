@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -65,13 +66,18 @@ class Actor:
             self._service = self._build()
             self._started.set_result(self._loop.run_until_complete(self._service.start()))
         except TandemError as error:
-            self._started.set_exception(error)
-            return
+            return self._fail(error)
         except Exception as error:  # the actor's outermost loop
             log.exception("cannot start")
-            self._started.set_exception(ModelError(f"cannot start: {type(error).__name__}: {error}"))
-            return
+            return self._fail(ModelError(f"cannot start: {type(error).__name__}: {error}"))
         self._loop.run_forever()
+
+    def _fail(self, error: TandemError) -> None:
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            # nobody waits for `ready` after a restart: end, so that Ray tries again
+            log.error("cannot start again: %s", error.message)
+            os._exit(70)
+        self._started.set_exception(error)
 
 
 class WorkerActor(Actor):
@@ -88,7 +94,8 @@ class WorkerActor(Actor):
         config = settings.config
         if config.runner == "sim":
             layout = sim_layout(config.block_size)
-            num_blocks = 2 * settings.max_context // config.block_size * config.max_sequences // 8
+            longest = -(-settings.max_context // config.block_size)
+            num_blocks = longest * max(2, config.max_sequences // 4)
             timings = Timings(config.sim_step_ms / 1000, config.sim_token_ms / 1000)
             return SimRunner(layout, num_blocks, load_architecture(model).vocab_size, timings)
         return ModelRunner.load(

@@ -90,6 +90,11 @@ class HandoffReader:
         held: Held = await client.call("Hold", Hold(handoff.transfer_id, ttl_ms))
         return held.remaining_ms
 
+    async def release(self, handoff: Handoff) -> None:
+        """Give up a handoff that was never received. Raises what the connection or the store answers."""
+        client = await self._client(handoff)
+        await client.call("Release", Release(handoff.transfer_id))
+
     async def close(self) -> None:
         if self._releases:
             await asyncio.wait(self._releases)

@@ -94,7 +94,7 @@ class Served:
         assert done
         return Completion(text, tokens, finish, usage)
 
-    def assert_no_leaks(self) -> None:
+    def assert_no_leaks(self, within: float = 40) -> None:
         """Every pool and arena gives back what it lent: free + used = total with nothing used."""
 
         def quiet() -> bool:
@@ -104,7 +104,7 @@ class Served:
             stores = all(s is not None and s["free"] + s["cached"] == s["slabs"] for s in slabs)
             return workers and stores
 
-        wait_until(quiet, 40, lambda: json.dumps(self.status(), indent=1))
+        wait_until(quiet, within, lambda: json.dumps(self.status(), indent=1))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from cluster.errors import DeadlineExceeded
-from cluster.messages import FinishReason, JobFailed, Load, Role, TokenOutput
+from cluster.messages import FinishReason, Handoff, JobFailed, Load, Role, TokenOutput
 from kvstore.blocks import BlockPool
 from kvstore.hashing import extend
 from workers.runner import Chunk, Runner
@@ -41,6 +41,7 @@ class Step:
     receives: list[Sequence] = field(default_factory=list)
     revoked: list[str] = field(default_factory=list)  # transfers whose prefill will not finish
     dropped: list[str] = field(default_factory=list)  # ids of sequences that ended while their handoff was arriving
+    unclaimed: list[Handoff] = field(default_factory=list)  # handoffs of sequences that ended before they were fetched
     computed: int = 0  # tokens run through the model; 0: nothing to do until an event arrives
 
 
@@ -50,6 +51,8 @@ class Engine:
         self.pool = BlockPool(runner.num_blocks)
         self.block_size = runner.layout.tokens
         self.max_context = max_context
+        # or one long sequence alone would preempt itself for ever
+        assert runner.num_blocks * self.block_size >= max_context, "the KV cache cannot hold one longest sequence"
         self.scheduler = Scheduler(self.pool, self.block_size, token_budget, max_sequences)
         self.sequences: dict[str, Sequence] = {}  # id -> every live sequence
         self.steps = self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
@@ -183,6 +186,8 @@ class Engine:
             self._step.revoked.append(sequence.transfer_id)
         if sequence.state is State.RECEIVING:
             self._step.dropped.append(sequence.id)
+        elif sequence.handoff is not None:
+            self._step.unclaimed.append(sequence.handoff)
         self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,15 @@ from workers.engine import Send
 from workers.runner import Runner
 from workers.sequence import Sequence, State
 
+Sent = Callable[[list[int]], None]  # takes back the ids of blocks that nobody copies from any more
+Received = Callable[[Sequence, int, int | None], None]  # sequence, good blocks from the start, first token
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Stats:
+    """Lifetime counters of what arrived."""
+
     bytes: int = 0
     seconds: float = 0.0
     failures: int = 0
@@ -44,7 +48,7 @@ class Handoffs:
         self._writer: HandoffWriter | None = None
         self._client: StoreClient | None = None
         self._reader = HandoffReader(secret, runner.layout)
-        self._sends: dict[str, asyncio.Queue[Send | None]] = {}  # transfer id -> what its task still has to do
+        self._sends: dict[str, asyncio.Queue[tuple[Send, Sent] | None]] = {}  # transfer id -> work left; None: revoke
         self._receives: dict[str, asyncio.Task[None]] = {}  # sequence id -> task
         self._tasks: set[asyncio.Task[None]] = set()
         self.stats = Stats()
@@ -83,39 +87,47 @@ class Handoffs:
         try:
             handoff = await writer.reserve(sequence.transfer_id, hashes, len(sequence.tokens), self._hold_ms)
         except asyncio.CancelledError:  # the store may have reserved all the same
-            self._spawn(writer.revoke(sequence.transfer_id, "the router gave up"))
+            self._spawn(self._quietly(writer.revoke(sequence.transfer_id, "the router gave up")))
             raise
         self._sends[sequence.transfer_id] = asyncio.Queue()
         self._spawn(self._drain(sequence.transfer_id, writer))
         return handoff
 
-    def send(self, send: Send, done: Callable[[list[int]], None]) -> None:
-        self._done = done
-        self._sends[send.transfer_id].put_nowait(send)
+    def send(self, send: Send, done: Sent) -> None:
+        """Copy and seal, in the order of the calls; `done` gets the blocks back."""
+        self._sends[send.transfer_id].put_nowait((send, done))
 
     def revoke(self, transfer_id: str) -> None:
+        """The prefill will not finish."""
         if transfer_id in self._sends:
             self._sends[transfer_id].put_nowait(None)
+
+    def abandon(self, ids: Iterable[str]) -> None:
+        """Of these jobs, those that were prefills and are done need not be kept for anybody."""
+        for transfer_id in ids:
+            if transfer_id not in self._sends and self._writer is not None and self._writer.connected:
+                self._spawn(self._quietly(self._writer.revoke(transfer_id, "the request has ended")))
 
     async def _drain(self, transfer_id: str, writer: HandoffWriter) -> None:
         """Everything one transfer sends, in order; after a failure blocks are only let go of."""
         healthy = True
         while True:
-            send = await self._sends[transfer_id].get()
+            work = await self._sends[transfer_id].get()
             try:
-                if send is None:
+                if work is None:
                     await writer.revoke(transfer_id, "the prefill was aborted")
                 elif healthy:
-                    await writer.send(transfer_id, send.blocks)
-                    if send.last:
-                        await writer.finish(transfer_id, send.first_token)
+                    await writer.send(transfer_id, work[0].blocks)
+                    if work[0].last:
+                        await writer.finish(transfer_id, work[0].first_token)
             except TandemError as error:
                 healthy = False
                 log.warning("handoff %s failed, its reader recomputes: %s", transfer_id, error.message)
             finally:
-                if send is not None:
-                    self._done([block for _, block in send.blocks])
-            if send is None or send.last:
+                if work is not None:
+                    send, done = work
+                    done([block for _, block in send.blocks])
+            if work is None or work[0].last:
                 del self._sends[transfer_id]
                 return
 
@@ -133,16 +145,20 @@ class Handoffs:
                 return
             await asyncio.sleep(self._hold_ms / 3000)
 
-    def receive(self, sequence: Sequence, done: Callable[[Sequence, int, int | None], None]) -> None:
+    def receive(self, sequence: Sequence, done: Received) -> None:
         task = asyncio.create_task(self._receive(sequence, done))
         self._receives[sequence.id] = task
         task.add_done_callback(lambda _: self._receives.pop(sequence.id, None))
+
+    def release(self, handoff: Handoff) -> None:
+        """Nobody here will receive it."""
+        self._spawn(self._quietly(self._reader.release(handoff)))
 
     def drop(self, sequence_id: str) -> None:
         if sequence_id in self._receives:
             self._receives[sequence_id].cancel()
 
-    async def _receive(self, sequence: Sequence, done: Callable[[Sequence, int, int | None], None]) -> None:
+    async def _receive(self, sequence: Sequence, done: Received) -> None:
         handoff, table = sequence.handoff, list(sequence.block_table)
         assert handoff is not None
         start = sequence.computed // self._runner.layout.tokens
@@ -163,6 +179,13 @@ class Handoffs:
                 log.warning("handoff %s broke after %d blocks: %s", sequence.id, valid, received.error.message)
         finally:
             done(sequence, valid, first_token)
+
+    async def _quietly(self, work: Coroutine[Any, Any, None]) -> None:
+        """Tidying up that a store forgets about by itself when it cannot be told."""
+        try:
+            await work
+        except TandemError as error:
+            log.info("a handoff is left to its hold: %s", error.message)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -176,6 +176,8 @@ class Worker:
             self._handoffs.receive(sequence, self._received)
         for sequence_id in step.dropped:
             self._handoffs.drop(sequence_id)
+        for handoff in step.unclaimed:
+            self._handoffs.release(handoff)
 
     def _sent(self, block_ids: list[int]) -> None:
         self._post(partial(self._engine.sent, block_ids))
@@ -234,6 +236,7 @@ class Worker:
 
     async def _abort(self, message: Abort, _: Any) -> Ack:
         self._accepting.difference_update(message.ids)
+        self._handoffs.abandon(message.ids)
         self._post(partial(self._engine.abort, list(message.ids)))
         return Ack()
 

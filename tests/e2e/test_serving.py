@@ -110,7 +110,7 @@ def test_a_client_that_leaves_frees_everything(small: Served, after_chunks: int)
     with httpx.stream("POST", f"{small.url}/v1/completions", json=body, timeout=60) as response:
         for _ in itertools.islice(response.iter_lines(), after_chunks):
             pass
-    small.assert_no_leaks()
+    small.assert_no_leaks(within=8)  # far less than the hold on a handoff: it must have been given back
 
 
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])

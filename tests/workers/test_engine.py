@@ -15,7 +15,9 @@ VOCAB = 50_000
 
 def engine(num_blocks: int = 256, token_budget: int = 64, max_sequences: int = 32) -> Engine:
     runner = SimRunner(sim_layout(BLOCK), num_blocks, VOCAB)
-    return Engine(runner, token_budget=token_budget, max_sequences=max_sequences, max_context=512)
+    return Engine(
+        runner, token_budget=token_budget, max_sequences=max_sequences, max_context=min(512, num_blocks * BLOCK)
+    )
 
 
 def sequence(name: str, prompt: list[int], new: int = 8, **changes: object) -> Sequence:
@@ -246,6 +248,17 @@ def test_blocks_being_received_are_not_reused_before_the_transfer_lets_go() -> N
     run.engine.received(receiving, 15, 7)
     assert_no_leak(run.engine)
     assert run.finish_all().tokens == {}
+
+
+def test_a_handoff_that_is_never_fetched_is_given_back() -> None:
+    run = Run(engine(num_blocks=130, max_sequences=1))
+    handoff = Handoff("store", 1, "p")
+    run.engine.add(sequence("busy", prompt(40), new=20))
+    run.step()
+    run.engine.add(sequence("d", prompt(60, seed=2), handoff=handoff))
+    run.step()
+    run.engine.abort(["d"])
+    assert run.step().unclaimed == [handoff]
 
 
 def test_a_handoff_waits_until_there_is_room_for_all_of_it() -> None:
