@@ -49,12 +49,14 @@ class Actor:
         self._service: Service | None = None
         threading.Thread(target=self._run, name="service", daemon=True).start()
 
-    def ready(self, timeout_s: float) -> WorkerInfo | StoreInfo | TandemError:
-        """The running service's address, or why it cannot start. Raises TimeoutError while it still loads."""
+    def ready(self, timeout_s: float) -> WorkerInfo | StoreInfo | TandemError | None:
+        """The running service's address, or why it cannot start; None while it still loads."""
         try:
             return self._started.result(timeout_s)
         except TandemError as error:
             return error
+        except TimeoutError:
+            return None
 
     def stop(self) -> None:
         if self._service is not None:

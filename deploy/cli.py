@@ -84,6 +84,7 @@ def _serve(config: Config) -> None:
         from deploy.models import resolve
 
         check_port(config.host, config.port)
+        report("getting the model", 0.0)
         model = resolve(config.model, lambda fraction: report("converting the model (once)", fraction))
         with deployment(config, model, report) as running:
             progress.stop()

@@ -28,7 +28,7 @@ from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import Config
-from cluster.errors import ModelError, StartupError, TandemError
+from cluster.errors import StartupError, TandemError
 from cluster.identity import Identity
 from cluster.messages import Role, StoreInfo, WorkerInfo
 from deploy import front_door
@@ -220,22 +220,22 @@ def _worker(stack: contextlib.ExitStack, settings: WorkerSettings, model: Path) 
 
 def _await(actor: Any, name: str, report: Report) -> Any:
     """Wait until the actor serves, reporting how far its weights are. Raises what it reports, or StartupError."""
-    started, placed = time.monotonic(), False
+    started = time.monotonic()
     while time.monotonic() - started < READY_S:
         try:
-            result = ray.get(actor.ready.remote(POLL_S), timeout=POLL_S * 20)
-        except (TimeoutError, ray.exceptions.GetTimeoutError) as error:
-            placed = placed or not isinstance(error, ray.exceptions.GetTimeoutError)
-            if not placed and time.monotonic() - started > PLACE_S:
-                raise StartupError(f"{name}: Ray found no node with room for it; see `ray status`") from None
-            if hasattr(actor, "progress") and placed:
-                report(f"loading {name}", ray.get(actor.progress.remote(), timeout=PLACE_S))
-            continue
+            result = ray.get(actor.ready.remote(POLL_S), timeout=PLACE_S)
+        except ray.exceptions.GetTimeoutError:
+            raise StartupError(f"{name}: Ray found no node with room for it; see `ray status`") from None
         except ray.exceptions.RayActorError as error:
             raise StartupError(f"{name} died while starting: {str(error).splitlines()[0]}") from None
+        if isinstance(result, StartupError):
+            raise result
         if isinstance(result, TandemError):
-            raise result if isinstance(result, StartupError) else ModelError(f"{name}: {result.message}")
-        return result
+            raise StartupError(f"{name}: {result.message}")
+        if result is not None:
+            return result
+        if hasattr(actor, "progress"):
+            report(f"loading {name}", ray.get(actor.progress.remote(), timeout=PLACE_S))
     raise StartupError(f"{name} was not ready after {READY_S:.0f} s; its log is in {ray_logs()}")
 
 

@@ -8,14 +8,14 @@ import pytest
 from tests.serving import Served, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def disaggregated(smollm2: Path) -> Iterator[Served]:
     """SmolLM2 in fp32, one prefill and one decode worker."""
     with serving(str(smollm2), "--dtype", "float32") as served:
         yield served
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def aggregated(smollm2: Path) -> Iterator[Served]:
     """SmolLM2 in fp32, one worker that does both."""
     with serving(str(smollm2), "--dtype", "float32", "--prefill", "0") as served:

@@ -234,6 +234,19 @@ def test_a_full_queue_is_a_429_with_retry_after(tiny: Path) -> None:
         served.assert_no_leaks()
 
 
+def test_scarce_memory_preempts_and_recomputes_but_changes_no_token(tiny: Path) -> None:
+    """KV caches for little more than one longest sequence, and a store too small for most handoffs."""
+    scarce = {"TANDEM_KV_MEMORY": str(1_200_000), "TANDEM_STORE_MEMORY": str(500_000)}  # 2,343 and about 960 tokens
+    cases = [(tuple(random.Random(i).randrange(10, 400) for _ in range(300 + 60 * i)), 250) for i in range(8)]
+    with serving(str(tiny), "--dtype", "float32", **scarce) as served:
+        with ThreadPoolExecutor(len(cases)) as pool:
+            done = list(pool.map(lambda case: served.complete(list(case[0]), case[1], True, ignore_eos=True), cases))
+        assert served.metric("tandem_preemptions_total") > 0
+        served.assert_no_leaks()
+    for (prompt, new), result in zip(cases, done, strict=True):
+        assert result.tokens == greedy(tiny, prompt, new)
+
+
 def test_everything_listens_on_loopback_only(small: Served) -> None:
     """But for Ray's own ports, which its token guards."""
     every = psutil.Process(small.process.pid).children(recursive=True)
