@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 class Identity:
     """The deployment as seen by one of its processes. The secret authorises every internal call; it is never logged."""
 
-    namespace: str  # model fingerprint: prefix of every key in Redis
+    namespace: str  # of this model and this secret: prefix of every key in Redis
     redis_url: str = field(repr=False)  # may hold a password
     secret: str = field(repr=False)
     host: str  # address that internal servers bind; empty: the node's own

@@ -105,7 +105,9 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         if len(nodes) > 1 and not config.redis_url:
             raise StartupError("several nodes need a Redis that all of them reach; give one with --redis-url")
         key = model_key(config, model.directory, architecture)
-        identity = Identity(key.namespace, redis_url, secret, LOOPBACK if starts_ray() else "")
+        # deployments with different secrets cannot talk, so they must not find each other in a shared Redis either
+        namespace = hashlib.sha256(f"{key.namespace}/{secret}".encode()).hexdigest()[:16]
+        identity = Identity(namespace, redis_url, secret, LOOPBACK if starts_ray() else "")
         stores = [_store(stack, config, node["NodeID"], block_layout(config, architecture), identity) for node in nodes]
         workers = []
         for role, count in _roles(config):
@@ -121,7 +123,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         settings = RouterSettings(
             model_directory=str(model.directory),
             served_model_name=config.served_model_name or model.name,
-            namespace=key.namespace,
+            namespace=namespace,
             cluster_secret=secret,
             redis_url=redis_url,
             max_context=max_context,

@@ -6,7 +6,7 @@ plain values only, so that it can be sent to wherever a router replica starts. I
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +16,8 @@ class RouterSettings:
     model_directory: str  # holds tokenizer.json, tokenizer_config.json and, perhaps, chat_template.jinja
     served_model_name: str
     namespace: str  # model fingerprint that workers and stores register under
-    cluster_secret: str  # authorises every internal call, and keys the block hashes
-    redis_url: str
+    cluster_secret: str = field(repr=False)  # authorises every internal call, and keys the block hashes
+    redis_url: str = field(repr=False)  # may hold a password
     max_context: int  # tokens of prompt and output together
     vocab_size: int  # the model's: ids from 0 to this minus one are legal in prompts and biases
     eos_token_ids: tuple[int, ...]
