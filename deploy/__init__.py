@@ -1,0 +1,1 @@
+"""The composition root: `tandem serve`, `status` and `bench`. May import everything."""

@@ -1,0 +1,1 @@
+"""Behaviour under load, over HTTP, of any OpenAI-compatible server."""
