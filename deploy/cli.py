@@ -27,11 +27,12 @@ from deploy.environment import prepare
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 STATUS_S = 5.0
+MAIN = os.getpid()
 MODEL_HELP = "GGUF file, Hugging Face directory or hub id [default: the demo model]"
 
 
-class Stop(Exception):
-    """A signal asked the process to end."""
+class Stop(BaseException):
+    """A signal asked the process to end. No Exception: whatever code it is raised in must not swallow it."""
 
 
 @app.command()
@@ -61,6 +62,8 @@ def serve(
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
+    if os.getpid() != MAIN:
+        return  # a child between fork and exec got it too, with our handler; it is stopped like its siblings
     # a second signal must not cut the clean-up short and leave processes behind
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
