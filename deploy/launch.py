@@ -14,6 +14,7 @@ import io
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 import urllib.error
@@ -179,12 +180,27 @@ def _ray(config: Config) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "local")
     try:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _uninterrupted():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
             raise StartupError(f"cannot start or join Ray ({address}): {str(error).splitlines()[0]}") from None
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals that arrive inside are delivered afterwards: Ray can only stop what it has finished starting."""
+    pending: list[int] = []
+    handlers = {n: signal.signal(n, lambda n, _: pending.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if pending:
+            signal.raise_signal(pending[0])
 
 
 def _store(stack: contextlib.ExitStack, config: Config, node_id: str, layout: Layout, identity: Identity) -> Any:
