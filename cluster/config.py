@@ -39,6 +39,7 @@ class Config(pydantic.BaseModel):
     host: str = Field("127.0.0.1", description="address of the HTTP endpoint and of every internal server")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: a free one")
     api_keys: tuple[str, ...] = Field((), repr=False, description="accepted bearer keys; empty: no key is asked for")
+    operator_key: str = Field("", repr=False, description="bearer key of `tandem kv`; needed once `api_keys` is set")
     body_limit: int = Field(16 * MIB, ge=1024, description="largest HTTP body")
 
     # who serves it
@@ -53,6 +54,11 @@ class Config(pydantic.BaseModel):
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
     kv_memory: int = Field(0, ge=0, description="KV cache per worker; 0: a quarter of the free memory, shared")
     store_memory: int = Field(0, ge=0, description="arena of a block store; 0: a quarter of the free shared memory")
+    stores: int = Field(1, ge=1, le=64, description="block stores per node, which share `store_memory`")
+    disk: str = Field("", description="folder of the disk tier on every node; empty: there is none")
+    disk_memory: int = Field(8 * 1024 * MIB, ge=MIB, description="size of the disk tier of a node")
+    tenant_share: float = Field(1.0, gt=0, le=1, description="part of a store that one tenant's cached blocks may fill")
+    secret: str = Field("", repr=False, description="shared by the cluster; empty: random, kept beside a disk tier")
     redis_url: str = Field("", repr=False, description="redis://... of the index; empty: start the embedded server")
 
     # scheduling

@@ -44,6 +44,7 @@ class Generation:
     sampling: Sampling
     salt: bytes  # HMAC of tenant and cache_salt under the cluster secret: part of every block hash
     deadline_ms: int
+    tenant: str = ""  # opaque tag of the tenant: the unit of quotas in the stores
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,15 @@ class Load:
     handoff_bytes_total: int  # KV bytes copied out of the store into this worker's cache
     handoff_seconds_total: float
     handoff_failures_total: int  # handoffs that ended in (partial) recomputation
+    fetched_memory_tokens_total: int = 0  # prompt tokens whose KV came from a store's memory on this machine
+    fetched_disk_tokens_total: int = 0  # ... from its disk
+    fetched_remote_tokens_total: int = 0  # ... from a store on another machine
+    fetched_bytes_total: int = 0
+    fetch_seconds_total: float = 0.0
+    fetch_failures_total: int = 0  # fetches that brought less than was asked for
+    recomputed_tokens_total: int = 0  # tokens a store had, computed because that was predicted to be faster
+    offloaded_blocks_total: int = 0  # blocks written to the store outside handoffs
+    offload_failures_total: int = 0  # blocks that the store had no room for, or could not take
 
 
 @dataclass(frozen=True, slots=True)

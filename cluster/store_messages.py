@@ -27,8 +27,12 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class BlockKey:
+    """A block by name, and what the name was made of, so that anybody can verify it (`kvstore.hashing.block_hash`)."""
+
     hash: bytes  # 32 bytes; empty for the partial last block, which is never published
     tokens: int
+    parent: bytes = b""  # hash of the block before it, or the root
+    ids: bytes = b""  # its token ids, u32le
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Reserve:
     client_id: str
     blocks: tuple[BlockKey, ...]
     hold_ms: int
+    tenant: str = ""  # whose blocks these are, opaque: the unit of quotas
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,87 @@ class FollowEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class Find:
+    """Which leading blocks of a chain the store has."""
+
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    tiers: bytes  # MEMORY or DISK for each block of the longest prefix that is there
+
+
+MEMORY, DISK = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """These blocks, in this order, up to the first that is not there; pinned while the stream is open. The `position`
+    of a Fragment is the block's place in `hashes`; a FollowEnd with the code of Expired says that some are missing."""
+
+    hashes: tuple[bytes, ...]
+    epoch: int
+    inline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """Blocks whose hash comes after `after` in byte order and starts with `prefix`, at most `limit` of them."""
+
+    prefix: bytes
+    after: bytes
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    hash: bytes
+    parent: bytes
+    tokens: int
+    tier: int  # MEMORY or DISK; MEMORY when it is in both
+    holders: int  # transfers and readers that use it now
+    pinned: bool
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    blocks: tuple[BlockInfo, ...]
+    total: int  # blocks in the store, whatever was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Evict these blocks last, whether they are here yet or not (`pinned` False: like all others again)."""
+
+    hashes: tuple[bytes, ...]
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget these blocks, in every tier, unless somebody is using them."""
+
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Recompute names and checksums of these blocks; what does not match is dropped. Also what a reader says when bytes
+    that it was sent did not match."""
+
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many blocks it concerned: pinned, dropped, or found to be corrupt."""
+
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class StatRequest:
     pass
 
@@ -151,3 +237,14 @@ class StoreStat:
     sealed_bytes_total: int
     evictions_total: int
     expired_total: int
+    pinned: int = 0  # cached slabs that are evicted last
+    disk_blocks: int = 0
+    disk_bytes: int = 0
+    disk_limit_bytes: int = 0  # 0: there is no disk tier
+    disk_writes_total: int = 0
+    disk_reads_total: int = 0
+    disk_errors_total: int = 0  # failed or skipped writes, unreadable or corrupt files
+    found_blocks_total: int = 0  # of the blocks that Find asked for, those that were here
+    missed_blocks_total: int = 0  # ... and those that were not
+    fetched_blocks_total: int = 0  # sent by Fetch, in whichever way
+    corrupt_total: int = 0  # blocks dropped because their bytes did not match

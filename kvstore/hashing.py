@@ -15,6 +15,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.store_messages import BlockKey
+
 HASH_BYTES = 32
 _ROOT_TAG = b"tandem/root/1"
 _BLOCK_TAG = b"tandem/block/1"
@@ -24,6 +26,11 @@ _COUNT = struct.Struct("<I")
 def _fields(*values: bytes) -> bytes:
     """The values with their lengths, so that no two lists of fields read the same."""
     return b"".join(_COUNT.pack(len(value)) + value for value in values)
+
+
+def tenant_tag(secret: str, tenant: str) -> str:
+    """16 hex digits that tell tenants apart without saying who they are."""
+    return hmac.new(secret.encode(), _fields(b"tenant", tenant.encode()), hashlib.sha256).hexdigest()[:16]
 
 
 def salt(secret: str, tenant: str, cache_salt: str) -> bytes:
@@ -72,6 +79,25 @@ def extend(hashes: list[bytes], root: bytes, tokens: Sequence[int], block_size: 
     for offset in range(0, len(packed), size):
         parent = hashlib.sha256(_BLOCK_TAG + parent + count + packed[offset : offset + size]).digest()
         hashes.append(parent)
+
+
+def block_keys(
+    hashes: Sequence[bytes], root: bytes, tokens: Sequence[int], block_size: int, start: int, stop: int
+) -> list[BlockKey]:
+    """The full blocks `start`..`stop` of a chain, with what their names were made of."""
+    keys = []
+    for index in range(start, stop):
+        ids = tokens[index * block_size : (index + 1) * block_size]
+        parent = hashes[index - 1] if index else root
+        keys.append(BlockKey(hashes[index], block_size, parent, struct.pack(f"<{block_size}I", *ids)))
+    return keys
+
+
+def named_rightly(key: BlockKey) -> bool:
+    """Whether a block's hash is that of its parent and tokens. Extras are not kept, so blocks with some never are."""
+    if len(key.ids) != key.tokens * _COUNT.size:
+        return False
+    return hashlib.sha256(_BLOCK_TAG + key.parent + _COUNT.pack(key.tokens) + key.ids).digest() == key.hash
 
 
 def vectors_digest() -> bytes:

@@ -17,14 +17,18 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from cluster.errors import EpochMismatch, LayoutMismatch, NoSpace, ProtocolError, StartupError
+from cluster.errors import EpochMismatch, Expired, LayoutMismatch, NoSpace, ProtocolError, StartupError
 from cluster.identity import Identity
 from cluster.messages import Ack, StoreInfo
 from cluster.rpc import Server, Unary
 from cluster.store_messages import (
+    MEMORY,
+    Fetch,
+    Find,
     Finish,
     Follow,
     FollowEnd,
+    Found,
     Fragment,
     Held,
     Hello,
@@ -83,9 +87,12 @@ class StoreServer:
             "Revoke": self._revoke,
             "Hold": self._hold,
             "Release": self._release,
+            "Find": self._find,
             "Stat": self._stat,
         }
-        self._server = Server(self._identity.secret, calls, {"Session": self._session, "Follow": self._follow})
+        self._server = Server(
+            self._identity.secret, calls, {"Session": self._session, "Follow": self._follow, "Fetch": self._fetch}
+        )
         try:
             address = await self._server.start(self._identity.host, port)
         except RuntimeError as error:
@@ -202,7 +209,8 @@ class StoreServer:
         while True:
             news.clear()
             while position < len(transfer.entries) and (entry := transfer.sealed(position)):
-                for fragment in self._fragments(transfer, position, entry, message.inline):
+                tokens = transfer.keys[position].tokens
+                for fragment in self._fragments(position, tokens, entry, message.inline):
                     yield fragment
                 position += 1
             if transfer.failure is not None:
@@ -213,8 +221,38 @@ class StoreServer:
                 return
             await news.wait()  # ends with the caller's deadline at the latest
 
-    def _fragments(self, transfer: Transfer, position: int, entry: Entry, inline: bool) -> Iterator[Fragment]:
-        tokens, slab = transfer.keys[position].tokens, Slab(entry.index, entry.generation, sealed=True)
+    async def _find(self, message: Find, _: Any) -> Found:
+        found = 0
+        for name in message.hashes:
+            if self._ledger.slabs.find(name) is None:
+                break
+            found += 1
+        return Found(bytes([MEMORY]) * found)
+
+    async def _fetch(self, message: Fetch, context: Any) -> AsyncIterator[Fragment | FollowEnd]:
+        if message.epoch != self._epoch:
+            raise EpochMismatch("the store has restarted since it was found; look again")
+        slabs = self._ledger.slabs
+        pinned: list[Entry] = []
+        for name in message.hashes:
+            entry = slabs.find(name)
+            if entry is None:
+                break
+            slabs.hold(entry)
+            pinned.append(entry)
+        context.add_done_callback(lambda _: self._unpin(pinned))
+        for position, entry in enumerate(pinned):
+            for fragment in self._fragments(position, self._layout.tokens, entry, message.inline):
+                yield fragment
+        missing = len(message.hashes) - len(pinned)
+        yield FollowEnd(None, Expired.code if missing else "", f"{missing} blocks are not here" if missing else "")
+
+    def _unpin(self, pinned: list[Entry]) -> None:
+        for entry in reversed(pinned):
+            self._ledger.slabs.drop(entry)
+
+    def _fragments(self, position: int, tokens: int, entry: Entry, inline: bool) -> Iterator[Fragment]:
+        slab = Slab(entry.index, entry.generation, sealed=True)
         if not inline:
             yield Fragment(position, tokens, slab, entry.checksums, 0, b"", last=True)
             return
