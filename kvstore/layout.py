@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 ORDER_VERSION = 1
+SCALE_BYTES = 4  # float32
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Shape of one block. A cell is one (head, layer): K then V, `tokens` x `dim` each."""
+    """Shape of one block. A cell is one (head, layer): K then V, `tokens` x `dim` each. In int8 the float32 scales of
+    K's tokens and of V's follow them in the cell, so that any rectangle has its own."""
 
     heads: int
     layers: int
@@ -28,7 +30,7 @@ class Layout:
 
     @property
     def cell_bytes(self) -> int:
-        return 2 * self.tokens * self.dim * self.itemsize
+        return 2 * self.tokens * (self.dim * self.itemsize + (SCALE_BYTES if self.dtype == "int8" else 0))
 
     @property
     def cells(self) -> int:

@@ -36,9 +36,12 @@ def measure(model: Path, config: Config, machine: Machine) -> list[Figure]:
     architecture = load_architecture(model)
     layout = model_layout(architecture, config.dtype, config.block_size)
     cost = Cost(architecture, layout.itemsize, layout.token_bytes)
-    server = _Server(model, config.dtype)
+    server = Server(model, config.dtype)
     try:
-        runs = [_stream(server.url, architecture.vocab_size) for _ in range(REPETITIONS + 1)][1:]
+        prompts = [
+            random.choices(range(100, min(architecture.vocab_size, 30_000)), k=PREFILL) for _ in range(REPETITIONS + 1)
+        ]
+        runs = [stream(server.url, prompt, NEW) for prompt in prompts][1:]
     finally:
         server.stop()
     ttft, ttft_spread = median([times[0] for times in runs])
@@ -59,11 +62,11 @@ def measure(model: Path, config: Config, machine: Machine) -> list[Figure]:
     ]  # fmt: skip
 
 
-class _Server:
+class Server:
     """`tandem serve` in a process of its own."""
 
-    def __init__(self, model: Path, dtype: str) -> None:
-        command = [sys.executable, "-m", "deploy.cli", "serve", str(model), "--dtype", dtype, "--port", "0"]
+    def __init__(self, model: Path, dtype: str, *flags: str) -> None:
+        command = [sys.executable, "-m", "deploy.cli", "serve", str(model), "--dtype", dtype, "--port", "0", *flags]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert self._process.stdout is not None
         deadline, lines = time.monotonic() + START_S, []
@@ -85,10 +88,9 @@ class _Server:
             self._process.kill()
 
 
-def _stream(url: str, vocab_size: int) -> list[float]:
-    """Seconds from the request to each token of a new random prompt."""
-    prompt = random.choices(range(100, min(vocab_size, 30_000)), k=PREFILL)
-    body = {"prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+def stream(url: str, prompt: list[int], new: int) -> list[float]:
+    """Seconds from the request to each of `new` tokens."""
+    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "return_token_ids": True}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=START_S)
     start, times = time.perf_counter(), []
