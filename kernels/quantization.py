@@ -1,6 +1,6 @@
-"""KV in int8: symmetric, one scale per head and token of K and of V (cf. KIVI, arXiv:2402.02750, which finds that V wants
-a scale per token; K would be a little more accurate per channel). Lossy by up to half a step per value: only for whoever
-accepts approximate KV.
+"""KV in int8: symmetric, one scale per head and token of K and of V (cf. KIVI, arXiv:2402.02750, which finds that V
+wants a scale per token; K would be a little more accurate per channel). Lossy by up to half a step per value: only for
+whoever accepts approximate KV.
 
 The specification; a Triton version must give the same bytes.
 """
