@@ -7,11 +7,13 @@ once, by `resolved`, into a new Config; nothing is filled in later.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import psutil
 import pydantic
@@ -22,6 +24,9 @@ from cluster.errors import ConfigError
 ENV_PREFIX = "TANDEM_"
 SHM = "/dev/shm"
 MIB = 2**20
+SMALL_SHM = 128 * MIB  # a quarter of it that is less is no store worth having
+SECRET_CHARACTERS = 16
+log = logging.getLogger(__name__)
 
 
 class Config(pydantic.BaseModel):
@@ -53,13 +58,17 @@ class Config(pydantic.BaseModel):
     # KV blocks
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
     kv_memory: int = Field(0, ge=0, description="KV cache per worker; 0: a quarter of the free memory, shared")
-    store_memory: int = Field(0, ge=0, description="arena of a block store; 0: a quarter of the free shared memory")
+    store_memory: int = Field(
+        0, ge=0, description="memory of a node's block stores; 0: a quarter of the free shared memory"
+    )
     stores: int = Field(1, ge=1, le=64, description="block stores per node, which share `store_memory`")
     disk: str = Field("", description="folder of the disk tier on every node; empty: there is none")
     disk_memory: int = Field(8 * 1024 * MIB, ge=MIB, description="size of the disk tier of a node")
     tenant_share: float = Field(1.0, gt=0, le=1, description="part of a store that one tenant's cached blocks may fill")
     secret: str = Field("", repr=False, description="shared by the cluster; empty: random, kept beside a disk tier")
-    redis_url: str = Field("", repr=False, description="redis://... of the index; empty: start the embedded server")
+    redis_url: str = Field(
+        "", repr=False, description="redis://... or rediss://... of the index; empty: start the embedded server"
+    )
 
     # scheduling
     token_budget: int = Field(512, ge=16, description="tokens an engine computes per step")
@@ -68,6 +77,21 @@ class Config(pydantic.BaseModel):
     request_timeout: float = Field(600.0, gt=0, description="longest life of a request")
     hold_timeout: float = Field(30.0, gt=0, description="how long an unclaimed handoff keeps its blocks")
     worker_timeout: float = Field(10.0, gt=0, description="silence after which a worker counts as lost")
+
+    @pydantic.field_validator("secret")
+    @classmethod
+    def _long_secret(cls, value: str) -> str:
+        if 0 < len(value) < SECRET_CHARACTERS:
+            raise ValueError(
+                f"is shorter than {SECRET_CHARACTERS} characters; take the output of `openssl rand -hex 32`"
+            )
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _own_operator_key(self) -> Self:
+        if self.operator_key and self.operator_key in self.api_keys:
+            raise ValueError("operator_key: is one of api_keys too; give operators a key that no tenant has")
+        return self
 
 
 def load(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
@@ -90,8 +114,11 @@ def load(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, 
         return Config(**merged)
     except pydantic.ValidationError as error:
         first = error.errors(include_input=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # what is wrong between two fields names them itself
+            raise ConfigError(f"configuration: {message}") from None
         key = str(first["loc"][0])
-        raise ConfigError(f"{origin.get(key, 'configuration')}: {key}: {first['msg']}") from None
+        raise ConfigError(f"{origin.get(key, 'configuration')}: {key}: {message}") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -118,9 +145,24 @@ def resolved(config: Config) -> Config:
             "dtype": dtype,
             "threads": config.threads or max(1, (os.cpu_count() or 1) // workers),
             "kv_memory": config.kv_memory or psutil.virtual_memory().available // (4 * workers),
-            "store_memory": config.store_memory or psutil.disk_usage(SHM).free // 4,
+            "store_memory": config.store_memory or _store_memory(Path(SHM), Path(tempfile.gettempdir())),
         }
     )
+
+
+def _store_memory(shared: Path, temporary: Path) -> int:
+    """A quarter of the free shared memory. A container often has next to none: then the arena is a file in the temp
+    folder, which the page cache holds as long as there is memory."""
+    free = psutil.disk_usage(str(shared)).free if shared.is_dir() else 0
+    if free // 4 >= SMALL_SHM:
+        return int(free) // 4
+    size = min(psutil.disk_usage(str(temporary)).free, psutil.virtual_memory().available) // 4
+    log.warning(
+        "%s has only %d MiB free: block stores use %d MiB of files in %s, which is slower; give the container more"
+        " shared memory (--shm-size)",
+        shared, free // MIB, size // MIB, temporary,
+    )  # fmt: skip
+    return int(size)
 
 
 def _native_bf16() -> bool:

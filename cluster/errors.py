@@ -8,6 +8,7 @@ tells the user what to do next.
     ├── InvalidRequest 400           the request is wrong; the same request will fail again
     │   ├── ContextLengthExceeded 400
     │   ├── Unauthorized 401
+    │   ├── Forbidden 403            no key opens this here
     │   ├── UnknownModel 404
     │   └── BodyTooLarge 413
     ├── Overloaded 429               queues are full; retry after `retry_after_s`
@@ -57,6 +58,11 @@ class ContextLengthExceeded(InvalidRequest):
 class Unauthorized(InvalidRequest):
     status = 401
     code = "invalid_api_key"
+
+
+class Forbidden(InvalidRequest):
+    status = 403
+    code = "permission_denied"
 
 
 class UnknownModel(InvalidRequest):

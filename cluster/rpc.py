@@ -42,9 +42,10 @@ class Server:
 
     def __init__(self, secret: str, unary: Mapping[str, Unary], streams: Mapping[str, Stream]) -> None:
         self._secret = secret.encode()
+        # what arrives is decoded by us: gRPC would log what it cannot decode and go on without it
         one, many = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        handlers = {name: one(self._unary(handler), decode, encode) for name, handler in unary.items()}
-        handlers |= {name: many(self._stream(handler), decode, encode) for name, handler in streams.items()}
+        handlers = {name: one(self._unary(handler), None, encode) for name, handler in unary.items()}
+        handlers |= {name: many(self._stream(handler), None, encode) for name, handler in streams.items()}
         self._server = grpc.aio.server(options=OPTIONS)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
@@ -64,20 +65,20 @@ class Server:
             raise Unauthorized("this call did not carry the cluster's secret")
 
     def _unary(self, handler: Unary) -> Unary:
-        async def call(message: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def call(message: bytes, context: grpc.aio.ServicerContext) -> Any:
             try:
                 self._authorise(context)
-                return await handler(message, context)
+                return await handler(decode(message), context)
             except TandemError as error:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.code}|{error.message}")
 
         return call
 
     def _stream(self, handler: Stream) -> Stream:
-        async def call(message: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async def call(message: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
                 self._authorise(context)
-                async for item in handler(message, context):
+                async for item in handler(decode(message), context):
                     yield item
             except TandemError as error:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.code}|{error.message}")
@@ -88,28 +89,31 @@ class Server:
 class Client:
     """A channel to one address. Errors come out as TandemErrors: the peer's own, WorkerLost, or DeadlineExceeded."""
 
-    def __init__(self, address: str, secret: str) -> None:
+    def __init__(self, address: str, secret: str, *, own_connection: bool = False) -> None:
+        """gRPC lets channels to one address share a connection, unless told not to."""
         self.address = address
         self._metadata = (("authorization", secret),)
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", int(own_connection))]
+        self._channel = grpc.aio.insecure_channel(address, options=options)
         self._calls: dict[str, Any] = {}  # method -> multicallable
 
     async def call(self, method: str, message: Any, timeout_s: float) -> Any:
         if method not in self._calls:
-            self._calls[method] = self._channel.unary_unary(f"/{SERVICE}/{method}", encode, decode)
+            self._calls[method] = self._channel.unary_unary(f"/{SERVICE}/{method}", encode, None)
         try:
-            return await self._calls[method](message, timeout=timeout_s, metadata=self._metadata)
+            answer = await self._calls[method](message, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise translate(error, self.address, method) from None
+        return decode(answer)
 
     async def stream(self, method: str, message: Any, timeout_s: float | None) -> AsyncGenerator[Any, None]:
         """Yields the peer's messages; leaving the loop early cancels the call."""
-        call = self._channel.unary_stream(f"/{SERVICE}/{method}", encode, decode)(
+        call = self._channel.unary_stream(f"/{SERVICE}/{method}", encode, None)(
             message, timeout=timeout_s, metadata=self._metadata
         )
         try:
             async for item in call:
-                yield item
+                yield decode(item)
         except grpc.aio.AioRpcError as error:
             raise translate(error, self.address, method) from None
         finally:

@@ -1,7 +1,7 @@
 """The words that writers and readers of KV blocks say to a block store.
 
 worker -> store    Hello, Reserve, Seal, Finish, Revoke, Session
-reader -> store    Hello, Hold, Release;  Follow -> stream of Fragment, then one FollowEnd
+reader -> store    Hello, Hold, Release;  Follow, Fetch -> stream of Fragments, then one FollowEnd
 anybody -> store   StatRequest -> StoreStat
 """
 
@@ -124,8 +124,15 @@ class Fragment:
     slab: Slab
     checksums: bytes
     offset: int  # of `data` within the block's bytes
-    data: bytes  # empty when the reader maps the arena
-    last: bool  # last frame of this block
+    data: bytes | memoryview  # empty when the reader maps the arena
+    last: bool  # last part of this block
+
+
+@dataclass(frozen=True, slots=True)
+class Fragments:
+    """Several at once, in order: every message has a price of its own."""
+
+    fragments: tuple[Fragment, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ class StoreClient:
         self.layout = layout
         self.epoch = 0
         self.arena: Arena | None = None  # set when the store's memory is mapped here
-        self._rpc = Client(address, secret)
+        self._secret = secret
+        self._rpcs = [Client(address, secret)]  # channel -> connection, the further ones made when first used
         self._closed = False
 
     async def connect(self, *, writable: bool = False, inline: bool = False) -> None:
@@ -51,21 +52,27 @@ class StoreClient:
             # the same kernel but another container: the path means nothing, or something else, here
             log.info("the arena of the store at %s cannot be mapped: %s", self.address, error)
 
-    async def call(self, method: str, message: Any) -> Any:
+    async def call(self, method: str, message: Any, timeout_s: float = CALL_S) -> Any:
         with self._open():
-            return await self._rpc.call(method, message, CALL_S)
+            return await self._rpcs[0].call(method, message, timeout_s)
 
-    async def stream(self, method: str, message: Any, timeout_s: float | None) -> AsyncGenerator[Any, None]:
+    async def stream(
+        self, method: str, message: Any, timeout_s: float | None, channel: int = 0
+    ) -> AsyncGenerator[Any, None]:
+        """Streams on different channels do not wait for each other's bytes."""
+        while len(self._rpcs) <= channel:
+            self._rpcs.append(Client(self.address, self._secret, own_connection=True))
         with self._open():
             # leaving early cancels the call at once
-            async with contextlib.aclosing(self._rpc.stream(method, message, timeout_s)) as items:
+            async with contextlib.aclosing(self._rpcs[channel].stream(method, message, timeout_s)) as items:
                 async for item in items:
                     yield item
 
     async def close(self) -> None:
         """Calls that are under way fail with WorkerLost."""
         self._closed = True
-        await self._rpc.close()
+        for rpc in self._rpcs:
+            await rpc.close()
         if self.arena is not None:
             self.arena.close()
             self.arena = None

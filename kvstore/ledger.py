@@ -28,6 +28,7 @@ class Transfer:
     entries: list[Entry | None]  # position -> slab; None: given up before it was sealed
     hold_s: float
     deadline: float
+    tenant: str
     followers: int = 0
     finished: bool = False
     first_token: int | None = None
@@ -38,6 +39,16 @@ class Transfer:
         """The slab of a block that can be read."""
         entry = self.entries[position]
         return entry if entry is not None and entry.state is State.HELD else None
+
+    def ready(self, start: int) -> list[tuple[int, int, Entry]]:
+        """(position, tokens, slab) of the blocks from `start` to the first that cannot be read."""
+        found = []
+        for position in range(start, len(self.entries)):
+            entry = self.sealed(position)
+            if entry is None:
+                break
+            found.append((position, self.keys[position].tokens, entry))
+        return found
 
 
 class Ledger:
@@ -70,9 +81,9 @@ class Ledger:
             self._free_quarantined(key)
 
     def reserve(
-        self, transfer_id: str, client_id: str, keys: Sequence[BlockKey], hold_s: float, now: float
+        self, transfer_id: str, client_id: str, keys: Sequence[BlockKey], hold_s: float, now: float, tenant: str = ""
     ) -> tuple[Slab, ...]:
-        """A slab for each block, all or nothing. Raises NoSpace."""
+        """A slab for each block, all or nothing; `tenant` is whose they will count as. Raises NoSpace."""
         self.expire(now)
         if client_id not in self._writers:
             raise StoreError(f"{client_id} has no open session; connect again")
@@ -91,7 +102,10 @@ class Ledger:
                 "try again when other handoffs have ended, or raise store_memory"
             )
         entries = [entry or self.slabs.take() for entry in hits]
-        self.transfers[transfer_id] = Transfer(transfer_id, client_id, tuple(keys), [*entries], hold_s, now + hold_s)
+        deadline = now + hold_s
+        self.transfers[transfer_id] = Transfer(
+            transfer_id, client_id, tuple(keys), [*entries], hold_s, deadline, tenant
+        )
         return tuple(Slab(entry.index, entry.generation, entry.state is State.HELD) for entry in entries)
 
     def seal(self, transfer_id: str, blocks: Sequence[Sealed], now: float) -> int:
@@ -105,8 +119,8 @@ class Ledger:
         for block in blocks:
             entry = transfer.entries[block.position]
             if entry is not None and entry.state is State.RESERVED:
-                name = transfer.keys[block.position].hash
-                transfer.entries[block.position] = self.slabs.seal(entry, name, block.checksums)
+                key = transfer.keys[block.position]
+                transfer.entries[block.position] = self.slabs.seal(entry, key, block.checksums, transfer.tenant)
                 new += 1
         return new
 

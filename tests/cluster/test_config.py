@@ -1,8 +1,10 @@
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from cluster.config import Config, load, resolved
+from cluster.config import MIB, SHM, Config, load, resolved
 from cluster.errors import ConfigError
 
 
@@ -44,6 +46,19 @@ def test_a_bad_value_names_the_field(flags: dict[str, object], field: str) -> No
         load(None, {}, flags)
 
 
+def test_a_short_secret_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match=r"environment.*secret: .*16 characters; take the output of") as caught:
+        load(None, {"TANDEM_SECRET": "hunter2"}, {})
+    assert "hunter2" not in caught.value.message
+    assert load(None, {"TANDEM_SECRET": "x" * 16}, {}).secret == "x" * 16
+
+
+def test_an_operator_key_that_a_tenant_has_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match="configuration: operator_key: is one of api_keys too") as caught:
+        load(None, {"TANDEM_API_KEYS": "a,hunter2", "TANDEM_OPERATOR_KEY": "hunter2"}, {})
+    assert "hunter2" not in caught.value.message
+
+
 def test_a_file_that_is_not_there_or_not_toml_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load(tmp_path / "none.toml", {}, {})
@@ -65,6 +80,21 @@ def test_resolved_replaces_every_auto_and_changes_nothing_else() -> None:
     assert config == Config(port=9)
     given = Config(dtype="float32", threads=3, kv_memory=10, store_memory=11)
     assert resolved(given) == given
+
+
+def test_little_shared_memory_means_files_and_one_line_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage = psutil.disk_usage
+
+    def container(path: str) -> object:
+        return SimpleNamespace(free=64 * MIB) if path == SHM else usage(path)
+
+    monkeypatch.setattr(psutil, "disk_usage", container)
+    assert resolved(Config()).store_memory > 64 * MIB
+    assert [record.getMessage().count("shm-size") for record in caplog.records] == [1]
+    assert resolved(Config(store_memory=5)).store_memory == 5
+    assert len(caplog.records) == 1
 
 
 def test_there_are_few_knobs_and_each_is_documented() -> None:

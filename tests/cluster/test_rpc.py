@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 
-from cluster.errors import DeadlineExceeded, NoSpace, Unauthorized, WorkerLost
+from cluster.errors import DeadlineExceeded, NoSpace, ProtocolError, Unauthorized, WorkerLost
 from cluster.messages import Abort, Ack, Refused
 from cluster.rpc import Client, Server
 
@@ -32,9 +33,27 @@ async def count(message: Abort, _: Any) -> AsyncIterator[Any]:
         raise NoSpace("none")
 
 
+async def rubbish(_: Any, __: Any) -> bytes:
+    return b"\xc1\xff\xff\xff\xff"
+
+
+async def rubbishes(_: Any, __: Any) -> AsyncIterator[bytes]:
+    yield b""
+
+
+RUBBISH = grpc.method_handlers_generic_handler(
+    "tandem.v1",
+    {
+        "Rubbish": grpc.unary_unary_rpc_method_handler(rubbish),
+        "Rubbishes": grpc.unary_stream_rpc_method_handler(rubbishes),
+    },
+)
+
+
 def run(test: Any, secret: str = SECRET) -> Any:
     async def main() -> Any:
         server = Server(SECRET, {"Echo": echo, "Refuse": refuse, "Hang": hang}, {"Count": count})
+        server._server.add_generic_rpc_handlers((RUBBISH,))
         client = Client(await server.start("127.0.0.1"), secret)
         try:
             return await test(client, server)
@@ -80,6 +99,29 @@ def test_a_deadline_and_a_dead_server_are_typed() -> None:
         await server.stop(0)
         with pytest.raises(WorkerLost):
             await client.call("Echo", Ack(), 5)
+
+    run(body)
+
+
+def test_rubbish_is_a_protocol_error_on_both_sides() -> None:
+    async def body(client: Client, _: Server) -> None:
+        with pytest.raises(ProtocolError):
+            await client.call("Rubbish", Ack(), 5)
+        with pytest.raises(ProtocolError):
+            _ = [r async for r in client.stream("Rubbishes", Ack(), 5)]
+        async with grpc.aio.insecure_channel(client.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="protocol_error"):
+                await channel.unary_unary("/tandem.v1/Echo")(b"rubbish", metadata=(("authorization", SECRET),))
+
+    run(body)
+
+
+def test_channels_of_their_own_work_side_by_side() -> None:
+    async def body(client: Client, _: Server) -> None:
+        others = [Client(client.address, SECRET, own_connection=True) for _ in range(3)]
+        assert await asyncio.gather(*(c.call("Echo", Ack(), 5) for c in others)) == [Ack()] * 3
+        for other in others:
+            await other.close()
 
     run(body)
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ import numpy.typing as npt
 
 from cluster.identity import Identity
 from cluster.rpc import Client
-from cluster.store_messages import StatRequest, StoreStat
+from cluster.store_messages import BlockKey, Fetch, Find, FollowEnd, Found, StatRequest, StoreStat
+from kvstore.block_file import file_bytes
 from kvstore.client import StoreClient
-from kvstore.hashing import ModelKey, extend
+from kvstore.connections import Connections
+from kvstore.copying import checksums
+from kvstore.hashing import ModelKey, block_keys, extend
 from kvstore.layout import Layout
 from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
@@ -45,6 +48,12 @@ def hashes_for(count: int, chain: int = 0, layout: Layout = LAYOUT) -> list[byte
     hashes: list[bytes] = []
     extend(hashes, KEY.root(b""), tokens_of(count, chain), layout.tokens)
     return hashes
+
+
+def keys_for(count: int, chain: int = 0, layout: Layout = LAYOUT) -> list[BlockKey]:
+    """The full blocks of a chain, with what their names were made of."""
+    hashes = hashes_for(count, chain, layout)
+    return block_keys(hashes, KEY.root(b""), tokens_of(count, chain), layout.tokens, 0, len(hashes))
 
 
 def memory_for(slabs: int, layout: Layout = LAYOUT) -> int:
@@ -74,9 +83,18 @@ async def stat(address: str) -> StoreStat:
 
 
 @asynccontextmanager
-async def store(slabs: int, layout: Layout = LAYOUT, redis_url: str = "") -> AsyncIterator[tuple[str, StoreServer]]:
+async def store(
+    slabs: int,
+    layout: Layout = LAYOUT,
+    redis_url: str = "",
+    disk: Path | None = None,
+    disk_blocks: int = 1000,
+    tenant_share: float = 1.0,
+) -> AsyncIterator[tuple[str, StoreServer]]:
     """A store in this process, of exactly that many slabs."""
-    server = StoreServer("test", layout, memory_for(slabs, layout), Identity("ns", redis_url, SECRET, "127.0.0.1"))
+    identity = Identity("ns", redis_url, SECRET, "127.0.0.1")
+    disk_memory = disk_blocks * file_bytes(layout)
+    server = StoreServer("test", layout, memory_for(slabs, layout), identity, disk, disk_memory, tenant_share)
     info = await server.start()
     try:
         yield info.address, server
@@ -106,12 +124,22 @@ class Target:
 
 
 @asynccontextmanager
-async def reader(force_inline: bool = False, layout: Layout = LAYOUT) -> AsyncIterator[HandoffReader]:
-    made = HandoffReader(SECRET, layout, force_inline=force_inline)
+async def connections(force_inline: bool = False, layout: Layout = LAYOUT) -> AsyncIterator[Connections]:
+    made = Connections(SECRET, layout, force_inline=force_inline)
     try:
         yield made
     finally:
         await made.close()
+
+
+@asynccontextmanager
+async def reader(force_inline: bool = False, layout: Layout = LAYOUT) -> AsyncIterator[HandoffReader]:
+    async with connections(force_inline, layout) as shared:
+        made = HandoffReader(shared)
+        try:
+            yield made
+        finally:
+            await made.close()
 
 
 class Process:
@@ -136,6 +164,10 @@ class Process:
         self._popen.kill()
         self._popen.wait(PATIENCE_S)
 
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
     def terminate(self) -> int:
         self._popen.terminate()
         return self._popen.wait(PATIENCE_S)
@@ -151,8 +183,62 @@ async def process(what: str, **settings: Any) -> AsyncIterator[Process]:
 
 
 @asynccontextmanager
-async def store_process(slabs: int, port: int = 0, redis_url: str = "") -> AsyncIterator[tuple[str, int, Process]]:
+async def store_process(
+    slabs: int, port: int = 0, redis_url: str = "", disk: Path | None = None, disk_blocks: int = 1000
+) -> AsyncIterator[tuple[str, int, Process]]:
     settings = {"store_id": "test", "layout": dataclasses.asdict(LAYOUT), "memory": memory_for(slabs), "port": port}
-    async with process("serve", redis_url=redis_url, **settings) as made:
+    tier = {"disk": str(disk or ""), "disk_memory": disk_blocks * file_bytes(LAYOUT)}
+    async with process("serve", redis_url=redis_url, **settings, **tier) as made:
         address, epoch = (await made.line()).split()
         yield address, int(epoch), made
+
+
+# ------------------------------------------------------------------------------------- blocks that outlive a handoff
+def block_id(chain: int, position: int) -> int:
+    return 1000 * chain + position
+
+
+async def ask(address: str, method: str, message: Any) -> Any:
+    """One call to a store."""
+    client = Client(address, SECRET)
+    try:
+        return await client.call(method, message, PATIENCE_S)
+    finally:
+        await client.close()
+
+
+async def keep(address: str, chain: int, blocks: int, tenant: str = "", layout: Layout = LAYOUT) -> list[bytes]:
+    """Have the store hold the first blocks of a chain; returns their hashes."""
+    keys = keys_for(blocks * layout.tokens, chain, layout)
+    async with writer(address, layout) as w:
+        await w.store(keys, [block_id(chain, position) for position in range(blocks)], tenant)
+    return [key.hash for key in keys]
+
+
+async def find(address: str, hashes: Sequence[bytes]) -> list[int]:
+    """The tier of each block of the longest prefix that is there."""
+    found: Found = await ask(address, "Find", Find(tuple(hashes)))
+    return list(found.tiers)
+
+
+async def fetched(address: str, hashes: Sequence[bytes], chain: int, layout: Layout = LAYOUT) -> int:
+    """Fetch blocks inline and check every byte. Returns how many came."""
+    epoch = (await stat(address)).epoch
+    client = Client(address, SECRET)
+    data, count = b"", 0
+    try:
+        async for message in client.stream("Fetch", Fetch(tuple(hashes), epoch, inline=True), PATIENCE_S):
+            if isinstance(message, FollowEnd):
+                assert (message.code == "store_expired") == (count < len(hashes))
+                return count
+            for part in message.fragments:
+                assert (part.position, part.offset) == (count, len(data))
+                data += part.data
+                if part.last:
+                    block = np.frombuffer(data, np.uint8)
+                    assert (block == block_of(block_id(chain, count), layout)).all(), f"block {count}"
+                    assert checksums(block, layout) == part.checksums
+                    data, count = b"", count + 1
+    finally:
+        await client.close()
+    raise AssertionError("the stream ended without a word")

@@ -1,21 +1,28 @@
 """A store, writer or reader as a process of its own, to be killed by the tests. Settings are JSON on standard input."""
 
 import asyncio
+import itertools
 import json
+import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cluster.errors import TandemError
 from cluster.identity import Identity
 from cluster.messages import Handoff
+from cluster.rpc import Client
+from cluster.store_messages import Fetch
 from kvstore.client import StoreClient
+from kvstore.connections import Connections
 from kvstore.layout import Layout
 from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
 from kvstore.writer import HandoffWriter
-from tests.kvstore.rig import LAYOUT, block_of, hashes_for
+from tests.kvstore.rig import LAYOUT, block_of, hashes_for, keep
 
 
 def say(line: str) -> None:
@@ -25,7 +32,11 @@ def say(line: str) -> None:
 
 async def serve(settings: dict[str, Any]) -> None:
     identity = Identity("ns", settings["redis_url"], settings["secret"], "127.0.0.1")
-    store = StoreServer(settings["store_id"], Layout(**settings["layout"]), settings["memory"], identity)
+    layout, disk = Layout(**settings["layout"]), settings.get("disk")
+    folder = Path(disk) if disk else None
+    store = StoreServer(
+        settings["store_id"], layout, settings["memory"], identity, folder, settings.get("disk_memory", 0)
+    )
     info = await store.start(settings["port"])
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -48,7 +59,7 @@ async def write(settings: dict[str, Any]) -> None:
 
 async def read(settings: dict[str, Any]) -> None:
     """Follow a transfer that never ends, until killed."""
-    reader = HandoffReader(settings["secret"], LAYOUT)
+    reader = HandoffReader(Connections(settings["secret"], LAYOUT))
 
     def target(position: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         say(f"{position}")
@@ -58,5 +69,39 @@ async def read(settings: dict[str, Any]) -> None:
     await reader.receive(handoff, 0, settings["tokens"], target, 60.0)
 
 
+async def churn(settings: dict[str, Any]) -> None:
+    """Write blocks into the store for ever, chain after chain, until killed."""
+    for chain in itertools.count(settings["first_chain"]):
+        await keep(settings["address"], chain, settings["blocks"])
+        say(f"{chain}")
+
+
+async def oversleep(settings: dict[str, Any]) -> None:
+    """Reserve, be stopped until somebody continues it, and only then write."""
+    writer = HandoffWriter(StoreClient(settings["address"], settings["secret"], "writer", LAYOUT), LAYOUT, block_of)
+    await writer.connect()
+    tokens, transfer = settings["tokens"], settings["transfer"]
+    await writer.reserve(transfer, hashes_for(tokens), tokens, settings["hold_ms"])
+    say("reserved")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        await writer.send(transfer, [(position, position) for position in range(tokens // LAYOUT.tokens)])
+        say("sealed")
+    except TandemError as error:
+        say(type(error).__name__)
+    await asyncio.Event().wait()
+
+
+async def stall(settings: dict[str, Any]) -> None:
+    """Fetch a chain, take one message of it, and hang until killed or for the stream's time."""
+    client = Client(settings["address"], settings["secret"])
+    names = tuple(hashes_for(settings["tokens"]))
+    async for _ in client.stream("Fetch", Fetch(names, settings["epoch"], inline=True), settings["timeout_s"]):
+        say("one")
+        await asyncio.Event().wait()
+
+
+MAINS = {"serve": serve, "write": write, "read": read, "churn": churn, "stall": stall, "oversleep": oversleep}
+
 if __name__ == "__main__":
-    asyncio.run({"serve": serve, "write": write, "read": read}[sys.argv[1]](json.loads(sys.stdin.readline())))
+    asyncio.run(MAINS[sys.argv[1]](json.loads(sys.stdin.readline())))

@@ -5,11 +5,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cluster.store_messages import BlockKey
 from kvstore.blocks import BlockPool
 
 
 def name(i: int) -> bytes:
     return bytes([i]) * 32
+
+
+def key(i: int) -> BlockKey:
+    return BlockKey(name(i), 4, b"parent", b"ids")
 
 
 class PoolAgainstModel(RuleBasedStateMachine):
@@ -20,6 +25,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.references = dict.fromkeys(range(self.total), 0)
         self.names: dict[int, bytes] = {}  # block -> hash
         self.lru: list[int] = []  # unreferenced blocks with a hash, oldest first
+        self.offered: set[int] = set()
         self.tables: list[list[int]] = []
 
     def model_free(self, block: int) -> None:
@@ -40,6 +46,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         assert set(blocks) == set(evicted) | (set(blocks) & blank)
         for block in blocks:
             self.names.pop(block, None)
+            self.offered.discard(block)
             self.references[block] = 1
         self.tables.append(blocks)
 
@@ -80,9 +87,35 @@ class PoolAgainstModel(RuleBasedStateMachine):
     @rule(data=st.data(), h=st.integers(0, 11))
     def register(self, data: st.DataObject, h: int) -> None:
         block = data.draw(st.sampled_from([b for b, n in self.references.items() if n]))
-        self.pool.register(block, name(h))
+        self.pool.register(block, key(h), "tenant")
         if block not in self.names and name(h) not in self.names.values():
             self.names[block] = name(h)
+
+    @rule(count=st.integers(1, 3))
+    def write_the_oldest_ahead_of_eviction(self, count: int) -> None:
+        """Retained, offered, given back: they are again the ones to be evicted first."""
+        expected = [block for block in self.lru if block not in self.offered][:count]
+        blocks = self.pool.oldest_unoffered(count)
+        assert blocks == expected
+        self.pool.retain(blocks)
+        assert [block for block, _ in self.pool.offer(blocks)] == blocks
+        assert self.pool.offer(blocks) == []
+        self.pool.free(blocks, oldest=True)
+        self.offered.update(blocks)
+        self.lru = blocks + [block for block in self.lru if block not in blocks]
+
+    @precondition(lambda self: any(self.references.values()))
+    @rule(data=st.data())
+    def offer_a_used_one(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from([b for b, n in self.references.items() if n]))
+        expected = [(block, self.names[block])] if block in self.names and block not in self.offered else []
+        assert [(b, n.key.hash) for b, n in self.pool.offer([block])] == expected
+        self.offered.update(b for b, _ in expected)
+
+    @rule()
+    def the_store_is_new(self) -> None:
+        self.pool.reset_offers()
+        self.offered.clear()
 
     @invariant()
     def agrees(self) -> None:
@@ -90,6 +123,9 @@ class PoolAgainstModel(RuleBasedStateMachine):
         assert self.pool.used_count == sum(n > 0 for n in self.references.values())
         assert self.pool.free_count == self.total - self.pool.used_count
         assert self.pool.cached_count == len(self.lru)
+        only_copies = [block for block in self.lru if block not in self.offered]
+        assert self.pool.expendable_count == self.pool.free_count - len(only_copies)
+        assert self.pool.oldest_unoffered(self.total) == only_copies
 
 
 TestPoolAgainstModel = PoolAgainstModel.TestCase
@@ -100,7 +136,7 @@ def cached(pool: BlockPool, hashes: list[bytes]) -> list[int]:
     blocks = pool.allocate(len(hashes))
     assert blocks is not None
     for block, h in zip(blocks, hashes, strict=True):
-        pool.register(block, h)
+        pool.register(block, BlockKey(h, 4), "tenant")
     pool.free(blocks)
     return blocks
 
@@ -134,8 +170,8 @@ def test_blank_blocks_go_before_cached_ones() -> None:
 def test_the_second_block_of_a_hash_stays_unregistered() -> None:
     pool = BlockPool(2)
     first, second = pool.allocate(2) or []
-    pool.register(first, name(0))
-    pool.register(second, name(0))
+    pool.register(first, key(0), "tenant")
+    pool.register(second, key(0), "tenant")
     pool.free([first, second])
     assert pool.cached_count == 1
     assert pool.match([name(0)]) == [first]
@@ -147,6 +183,14 @@ def test_freeing_twice_is_our_bug_and_is_heard() -> None:
     pool.free(blocks)
     with pytest.raises(AssertionError, match="twice"):
         pool.free(blocks)
+
+
+def test_a_block_is_offered_with_all_it_takes_to_verify_it_and_its_tenant() -> None:
+    pool = BlockPool(2)
+    named, nameless = pool.allocate(2) or []
+    pool.register(named, key(7), "alice")
+    ((block, told),) = pool.offer([named, nameless])
+    assert (block, told.key, told.tenant) == (named, key(7), "alice")
 
 
 def test_check_notices_a_broken_book() -> None:

@@ -267,6 +267,27 @@ def test_changes_tell_the_whole_story() -> None:
     assert ledger.slabs.findable() == changes
 
 
+def test_a_sealed_block_says_what_its_name_was_made_of_and_whose_it_is() -> None:
+    ledger = ledger_of(4)
+    key = BlockKey(b"h" * 32, 4, b"p" * 32, b"ids")
+    ledger.reserve("t", "w", [key, BlockKey(b"", 3)], HOLD_S, 0, "me")
+    ledger.seal("t", sealed(0, 1), 0)
+    entry = ledger.slabs.find(key.hash)
+    assert entry is not None
+    assert (entry.key, entry.tenant) == (key, "me")
+
+
+def test_a_handoff_may_be_larger_than_its_tenants_share_but_what_it_leaves_may_not() -> None:
+    ledger = Ledger(Slabs(10, tenant_share=0.3))
+    ledger.open_session("w")
+    ledger.reserve("t", "w", keys(*range(8)), HOLD_S, 0, "me")
+    ledger.seal("t", sealed(*range(8)), 0)
+    assert counts(ledger) == {"free": 2, "held": 8}
+    ledger.release("t", 1)
+    assert counts(ledger) == {"free": 7, "cached": 3}
+    assert [ledger.slabs.find(key.hash) is not None for key in keys(*range(8))] == [True] * 3 + [False] * 5
+
+
 def test_random_lives_leak_nothing() -> None:
     """3,000 random calls with random failures: the books agree after each, and all slabs come back in the end."""
     rng = random.Random(7)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from cluster.membership import Membership
 from kvstore import publisher
 from kvstore.index import Index
 from kvstore.redis_server import EmbeddedRedis
-from tests.kvstore.rig import Target, hashes_for, reader, store, until, writer
+from tests.kvstore.rig import Target, hashes_for, keep, reader, store, until, writer
 
 
 @pytest.fixture
@@ -123,5 +124,21 @@ def test_changes_during_an_outage_are_made_up_for(server: EmbeddedRedis) -> None
             await found(server.url, hashes_for(16, 2), 4)
             await found(server.url, hashes_for(16, 1), 4)
             await found(server.url, hashes_for(16), 0)
+
+    run(body)
+
+
+def test_a_store_that_starts_with_a_full_disk_publishes_all_of_it(
+    server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little may wait for Redis otherwise."""
+    monkeypatch.setattr(publisher, "MAX_PENDING", 4)
+    monkeypatch.setattr(publisher, "BATCH", 8)
+
+    async def body() -> None:
+        async with store(40, disk=tmp_path) as (address, _):
+            await keep(address, 0, 30)
+        async with store(40, redis_url=server.url, disk=tmp_path):
+            await found(server.url, hashes_for(120), 30)
 
     run(body)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from cluster.errors import (
 from cluster.messages import Handoff
 from cluster.store_messages import Reserve
 from kvstore.client import StoreClient
+from kvstore.connections import Connections
 from kvstore.layout import Layout
 from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
-from kvstore.writer import HandoffWriter
+from kvstore.writer import SEAL_BYTES, HandoffWriter
 from tests.kvstore.rig import (
     LAYOUT,
     SECRET,
@@ -218,7 +220,64 @@ def test_a_hold_can_be_renewed_and_runs_out() -> None:
     run(body())
 
 
+def test_a_large_send_is_sealed_in_parts() -> None:
+    async def body() -> None:
+        count, tokens = 20, 20 * VAST.tokens
+        part = SEAL_BYTES // VAST.block_bytes
+        assert part < count
+        async with store(count, VAST) as (address, _), reader(True, VAST) as r:
+            target = Target(VAST)
+
+            def read(block_id: int) -> Block:
+                deadline = time.monotonic() + 20
+                while block_id >= 100 + part and len(target.blocks) < part and time.monotonic() < deadline:
+                    time.sleep(0.001)  # the first part can be read before the second is copied
+                return block_of(block_id, VAST)
+
+            w = HandoffWriter(StoreClient(address, SECRET, "writer", VAST), VAST, read)
+            await w.connect()
+            handoff = await w.reserve("t", hashes_for(tokens, layout=VAST), tokens, HOLD_MS)
+            receiving = asyncio.create_task(r.receive(handoff, 0, tokens, target, 30))
+            began = time.monotonic()
+            await w.send("t", pairs(*range(count)))
+            assert time.monotonic() - began < 20
+            await w.finish("t", None)
+            assert (await receiving).valid_blocks == count
+            assert_arrived(target, tokens)
+            await w.close()
+
+    run(body())
+
+
 # ---------------------------------------------------------------------------------------------- refusals and failures
+def test_a_transfer_that_ends_between_the_parts_of_a_send_leaks_nothing() -> None:
+    async def body() -> None:
+        count = 20
+        async with store(count, VAST) as (address, server):
+            loop, ended = asyncio.get_running_loop(), threading.Event()
+
+            def end() -> None:
+                server._ledger.revoke("t", "by a test", 0.0)
+                ended.set()
+
+            def read(block_id: int) -> Block:
+                if block_id == 100 + SEAL_BYTES // VAST.block_bytes and not ended.is_set():
+                    loop.call_soon_threadsafe(end)
+                    assert ended.wait(20)
+                return block_of(block_id, VAST)
+
+            w = HandoffWriter(StoreClient(address, SECRET, "writer", VAST), VAST, read)
+            await w.connect()
+            await w.reserve("t", hashes_for(count * VAST.tokens, layout=VAST), count * VAST.tokens, HOLD_MS)
+            with pytest.raises(Expired):
+                await w.send("t", pairs(*range(count)))
+            s = await stat(address)
+            assert (s.reserved, s.held, s.quarantined, s.transfers) == (0, 0, 0, 0)
+            await w.close()
+
+    run(body())
+
+
 def test_two_handoffs_in_an_arena_for_one_and_a_half() -> None:
     async def body() -> None:
         async with store(6) as (address, _), writer(address) as w, writer(address) as v, reader() as r:
@@ -414,11 +473,12 @@ def test_a_client_that_is_closed_fails_its_calls_and_cancels_nobody() -> None:
     async def body() -> None:
         async with store(4) as (address, _), writer(address) as w:
             handoff = await w.reserve("t", hashes_for(8), 8, HOLD_MS)
-            r = HandoffReader(SECRET, LAYOUT)
+            shared = Connections(SECRET, LAYOUT)
+            r = HandoffReader(shared)
             receiving = asyncio.create_task(r.receive(handoff, 0, 8, target := Target(), 20))
             await w.send("t", pairs(0))
             await until(lambda: 0 in target.blocks, "following")
-            await r.close()
+            await shared.close()
             received = await receiving
             assert isinstance(received.error, WorkerLost)
             assert received.valid_blocks == 1
@@ -591,7 +651,7 @@ def test_many_handoffs_at_once_with_random_ends_leak_nothing() -> None:
                 await asyncio.gather(*(one(i, w, (r, q)[i % 2]) for i in range(start, start + 12)))
             await until(lambda: quiet(address), "all slabs are back")
             server._ledger.slabs.check()
-            assert server._news == {}
+            assert server._handoffs._news == {}
 
     async def quiet(address: str) -> bool:
         s = await stat(address)
