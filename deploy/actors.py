@@ -114,9 +114,18 @@ class WorkerActor(Actor):
 
 
 class StoreActor(Actor):
-    def __init__(self, store_id: str, layout: Layout, memory: int, identity: Identity) -> None:
+    def __init__(
+        self,
+        store_id: str,
+        layout: Layout,
+        memory: int,
+        identity: Identity,
+        disk: Path | None,
+        disk_memory: int,
+        tenant_share: float,
+    ) -> None:
         here = _here(identity)
-        super().__init__(lambda: StoreServer(store_id, layout, memory, here))
+        super().__init__(lambda: StoreServer(store_id, layout, memory, here, disk, disk_memory, tenant_share))
 
 
 def _here(identity: Identity) -> Identity:

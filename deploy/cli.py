@@ -1,4 +1,4 @@
-"""The `tandem` command: `serve` runs a deployment in the foreground, `status` looks at a running one.
+"""The `tandem` command: `serve` runs a deployment in the foreground, `status` and `kv` look at a running one.
 
 A StartupError becomes one line on standard error and exit code 1; Ctrl-C and SIGTERM stop everything that was started.
 """
@@ -12,20 +12,21 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cluster.config import Config, load, resolved
 from cluster.errors import StartupError
+from deploy import kv_cli
 from deploy.environment import prepare
+from deploy.terminal import console, fail
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+app.add_typer(kv_cli.app, name="kv")
 STATUS_S = 5.0
 MAIN = os.getpid()
 MODEL_HELP = "GGUF file, Hugging Face directory or hub id [default: the demo model]"
@@ -47,6 +48,7 @@ def serve(
     max_context: Annotated[int | None, typer.Option(help="tokens per request [default: the model's]")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="name in the API")] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis of the block index [default: an embedded one]")] = None,
+    disk: Annotated[str | None, typer.Option(help="folder where KV blocks survive a restart [default: none]")] = None,
     runner: Annotated[str | None, typer.Option(help="torch, or sim for a model without weights")] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP endpoint, prefill and decode in separate worker processes."""
@@ -58,7 +60,7 @@ def serve(
     except (Stop, KeyboardInterrupt):
         console.print("stopped")
     except StartupError as error:
-        _fail(error.message)
+        fail(error.message)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -112,7 +114,7 @@ def status(url: Annotated[str, typer.Option(help="a running deployment")] = "htt
         with urllib.request.urlopen(f"{url.rstrip('/')}/status", timeout=STATUS_S) as response:
             state: dict[str, Any] = json.load(response)
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-        _fail(f"no deployment answers at {url} ({getattr(error, 'reason', error)}); is `tandem serve` running?")
+        fail(f"no deployment answers at {url} ({getattr(error, 'reason', error)}); is `tandem serve` running?")
     console.print(_workers(state), _stores(state), f"Redis is {state['redis']}")
 
 
@@ -127,7 +129,7 @@ def bench(
     try:
         _bench(model or "", dtype, sections.split(","), out)
     except StartupError as error:
-        _fail(error.message)
+        fail(error.message)
 
 
 def _bench(model: str, dtype: str, sections: list[str], out: Path | None) -> None:
@@ -154,17 +156,12 @@ def _workers(state: dict[str, Any]) -> Table:
 def _stores(state: dict[str, Any]) -> Table:
     table = Table(title="block stores")
     states = ("slabs", "free", "reserved", "held", "cached", "quarantined")
-    for column in ("id", "node", "pid", *states):
+    for column in ("id", "node", "pid", *states, "on disk"):
         table.add_column(column)
     for s in state["stores"]:
-        slabs = [str(s["slabs"][name]) for name in states] if s["answers"] else ["lost"]
+        slabs = [str(s["slabs"][name]) for name in (*states, "disk_blocks")] if s["answers"] else ["lost"]
         table.add_row(s["id"], s["node"], str(s["pid"]), *slabs)
     return table
-
-
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"tandem: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import logging
 import os
-import secrets
 import signal
 import socket
 import time
@@ -32,7 +31,7 @@ from cluster.config import Config
 from cluster.errors import StartupError, TandemError
 from cluster.identity import Identity
 from cluster.messages import Role, StoreInfo, WorkerInfo
-from deploy import front_door
+from deploy import disk_tier, front_door
 from deploy.actors import StoreActor, WorkerActor
 from deploy.environment import LOOPBACK, starts_ray
 from deploy.models import ResolvedModel
@@ -91,7 +90,8 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
     architecture = load_architecture(model.directory)
     max_context = _max_context(config, architecture)
     port = check_port(config.host, config.port)
-    secret = secrets.token_hex(32)
+    disk = disk_tier.folder(config)
+    secret = disk_tier.cluster_secret(config, disk)
     with contextlib.ExitStack() as stack:
         redis = None
         if config.redis_url:
@@ -109,7 +109,9 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         # deployments with different secrets cannot talk, so they must not find each other in a shared Redis either
         namespace = hashlib.sha256(f"{key.namespace}/{secret}".encode()).hexdigest()[:16]
         identity = Identity(namespace, redis_url, secret, LOOPBACK if starts_ray() else "")
-        stores = [_store(stack, config, node["NodeID"], block_layout(config, architecture), identity) for node in nodes]
+        layout = block_layout(config, architecture)
+        places = [(node["NodeID"], index) for node in nodes for index in range(config.stores)]
+        stores = [_store(stack, config, node_id, index, layout, identity, disk) for node_id, index in places]
         workers = []
         for role, count in _roles(config):
             for index in range(count):
@@ -130,6 +132,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
             max_context=max_context,
             vocab_size=architecture.vocab_size,
             eos_token_ids=architecture.eos_token_ids,
+            model_key=key,
         )
         report("starting the router", 0.0)
         serve.run(front_door.application(config, settings), name="tandem", route_prefix="/")
@@ -203,17 +206,23 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(pending[0])
 
 
-def _store(stack: contextlib.ExitStack, config: Config, node_id: str, layout: Layout, identity: Identity) -> Any:
-    """One block store on that node; soft affinity could put two on one node."""
+def _store(
+    stack: contextlib.ExitStack,
+    config: Config,
+    node_id: str,
+    index: int,
+    layout: Layout,
+    identity: Identity,
+    disk: Path | None,
+) -> Any:
+    """One of that node's block stores, with its part of the node's memory and disk."""
+    name, own_disk = f"store-{node_id[:8]}-{index}", disk_tier.store_folder(disk, index)
+    memory, disk_memory = config.store_memory // config.stores, config.disk_memory // config.stores
+    on_that_node = NodeAffinitySchedulingStrategy(node_id, soft=False)  # soft affinity could move it
     actor = (
         ray.remote(StoreActor)
-        .options(
-            num_cpus=0,
-            max_restarts=-1,
-            max_concurrency=4,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        )
-        .remote(f"store-{node_id[:8]}", layout, config.store_memory, identity)
+        .options(num_cpus=0, max_restarts=-1, max_concurrency=4, scheduling_strategy=on_that_node)
+        .remote(name, layout, memory, identity, own_disk, disk_memory, config.tenant_share)
     )
     stack.callback(_stop_actor, actor)
     return actor

@@ -20,10 +20,13 @@ from starlette.responses import Response
 from cluster.config import Config
 from cluster.membership import Membership
 from cluster.messages import FinishReason
+from kvstore.mirror import Mirror
 from router import http_errors
 from router.choices import Choices
 from router.fleet import Fleet, Members
 from router.json_route import JsonRoute
+from router.kv import kv
+from router.kv_selection import Chains
 from router.metrics import Metrics
 from router.middleware import ApiKeys, BodyLimit, RequestId
 from router.openai import ChatRequest, CompletionRequest, GenerationRequest
@@ -47,15 +50,20 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     members = members or Membership(settings.redis_url)
     fleet = Fleet(members, settings.namespace, router_id, settings.cluster_secret, config.worker_timeout)
     service = Service(config, settings, fleet, metrics)
+    mirror = Mirror(settings.redis_url, settings.namespace) if settings.redis_url else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await fleet.start()
+        if mirror is not None:
+            await mirror.start()
         try:
             yield
         finally:
             await service.close()
             await fleet.close()
+            if mirror is not None:
+                await mirror.close()
 
     app = FastAPI(title="Tandem", lifespan=lifespan, redoc_url=None)
     app.router.route_class = JsonRoute
@@ -63,7 +71,8 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     app.add_middleware(BodyLimit, limit=config.body_limit)  # the last added sees a request first
     app.add_middleware(ApiKeys, keys=config.api_keys)
     app.add_middleware(RequestId)
-    app.include_router(operations(fleet, metrics, settings, router_id))
+    app.include_router(operations(fleet, metrics, settings, router_id, mirror))
+    app.include_router(kv(fleet, Chains(config.api_keys, settings, service.text), config, mirror))
     _add_generation(app, service, metrics, settings.served_model_name)
     return app
 

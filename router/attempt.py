@@ -139,6 +139,7 @@ class Attempt:
             sampling=request.sampling,
             salt=request.salt,
             deadline_ms=max(1, int(progress.remaining_s * 1000)),
+            tenant=request.tenant,
         )
         link = self._fleet.link(worker_id)
         job = PrefillJob(generation) if kind == "p" else DecodeJob(generation, handoff)

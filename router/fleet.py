@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.errors import TandemError, WorkerLost
 from cluster.messages import StoreInfo, WorkerInfo
@@ -91,15 +91,21 @@ class Fleet:
         stores = self.stores
         return list(zip(stores, await asyncio.gather(*map(self._stat, stores)), strict=True))
 
-    async def _stat(self, store: StoreInfo) -> StoreStat | None:
+    async def ask_store(self, store: StoreInfo, method: str, message: Any, timeout_s: float) -> Any:
+        """One call on a connection of its own: stores are asked rarely from here. Raises what the store or the way to
+        it does."""
         client = Client(store.address, self._secret)
         try:
-            answer = await client.call("Stat", StatRequest(), STAT_TIMEOUT_S)
+            return await client.call(method, message, timeout_s)
+        finally:
+            await client.close()
+
+    async def _stat(self, store: StoreInfo) -> StoreStat | None:
+        try:
+            answer = await self.ask_store(store, "Stat", StatRequest(), STAT_TIMEOUT_S)
         except TandemError as error:
             log.warning("store %s at %s gave no account: %s", store.id, store.address, error.message)
             return None
-        finally:
-            await client.close()
         return answer if isinstance(answer, StoreStat) else None
 
     async def _poll_forever(self) -> None:

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from cluster.messages import Load, StoreInfo
 from cluster.store_messages import StoreStat
+from kvstore.mirror import MirrorStat
 from router.outputs import WorkerLink
 
 FINISHED = "finished"
@@ -40,12 +41,41 @@ WORKER_COUNTERS: dict[str, tuple[str, Callable[[Load], float]]] = {
     "tandem_handoff_bytes": ("KV bytes copied from a store", lambda load: load.handoff_bytes_total),
     "tandem_handoff_seconds": ("Time spent copying KV", lambda load: load.handoff_seconds_total),
     "tandem_handoff_failures": ("Handoffs that were recomputed", lambda load: load.handoff_failures_total),
+    "tandem_fetch_bytes": ("KV bytes fetched from the offload tier", lambda load: load.fetched_bytes_total),
+    "tandem_fetch_seconds": ("Time spent fetching KV", lambda load: load.fetch_seconds_total),
+    "tandem_fetch_failures": ("Fetches that brought less than asked for", lambda load: load.fetch_failures_total),
+    "tandem_recomputed_tokens": (
+        "Prompt tokens a store had, computed because that was predicted to be faster",
+        lambda load: load.recomputed_tokens_total,
+    ),
+    "tandem_offloaded_blocks": ("Blocks written to a store outside handoffs", lambda load: load.offloaded_blocks_total),
+    "tandem_offload_failures": ("Blocks that no store took", lambda load: load.offload_failures_total),
+}
+FETCHED_TOKENS: dict[str, Callable[[Load], int]] = {  # where from -> prompt tokens whose KV came from there
+    "memory": lambda load: load.fetched_memory_tokens_total,
+    "disk": lambda load: load.fetched_disk_tokens_total,
+    "remote": lambda load: load.fetched_remote_tokens_total,
+}
+STORE_GAUGES: dict[str, tuple[str, Callable[[StoreStat], int]]] = {
+    "tandem_store_block_bytes": ("Bytes of one block", lambda stat: stat.block_bytes),
+    "tandem_store_transfers": ("Handoffs under way", lambda stat: stat.transfers),
+    "tandem_store_pinned_blocks": ("Cached blocks that are evicted last", lambda stat: stat.pinned),
+    "tandem_store_disk_blocks": ("Blocks on disk", lambda stat: stat.disk_blocks),
+    "tandem_store_disk_bytes": ("Bytes on disk", lambda stat: stat.disk_bytes),
+    "tandem_store_disk_limit_bytes": ("Size of the disk tier; 0: there is none", lambda stat: stat.disk_limit_bytes),
 }
 STORE_STATES = ("free", "reserved", "held", "cached", "quarantined")
 STORE_COUNTERS: dict[str, tuple[str, Callable[[StoreStat], int]]] = {
     "tandem_store_sealed_bytes": ("KV bytes sealed", lambda stat: stat.sealed_bytes_total),
     "tandem_store_evictions": ("Blocks evicted", lambda stat: stat.evictions_total),
     "tandem_store_expired": ("Holds that ran out", lambda stat: stat.expired_total),
+    "tandem_store_disk_writes": ("Blocks written to disk", lambda stat: stat.disk_writes_total),
+    "tandem_store_disk_reads": ("Blocks read from disk", lambda stat: stat.disk_reads_total),
+    "tandem_store_disk_errors": ("Blocks not written, or unreadable", lambda stat: stat.disk_errors_total),
+    "tandem_store_found_blocks": ("Blocks asked for and found", lambda stat: stat.found_blocks_total),
+    "tandem_store_missed_blocks": ("Blocks asked for and not found", lambda stat: stat.missed_blocks_total),
+    "tandem_store_fetched_blocks": ("Blocks sent to workers by Fetch", lambda stat: stat.fetched_blocks_total),
+    "tandem_store_corrupt_blocks": ("Blocks dropped because they were corrupt", lambda stat: stat.corrupt_total),
 }
 
 StoreStats = Iterable[tuple[StoreInfo, StoreStat | None]]
@@ -75,23 +105,28 @@ class Metrics:
     def ended(self, outcome: str) -> None:
         self._requests.labels(outcome).inc()
 
-    def page(self, links: Iterable[WorkerLink], stores: StoreStats) -> bytes:
+    def page(self, links: Iterable[WorkerLink], stores: StoreStats, mirror: MirrorStat | None) -> bytes:
         """The page in Prometheus text format."""
         fleet = CollectorRegistry()
-        fleet.register(_Fleet(list(links), list(stores)))
+        fleet.register(_Fleet(list(links), list(stores), mirror))
         return generate_latest(self._registry) + generate_latest(fleet)
 
 
 class _Fleet(Collector):
     """Workers and stores as they are at one scrape."""
 
-    def __init__(self, links: list[WorkerLink], stores: list[tuple[StoreInfo, StoreStat | None]]) -> None:
+    def __init__(
+        self, links: list[WorkerLink], stores: list[tuple[StoreInfo, StoreStat | None]], mirror: MirrorStat | None
+    ) -> None:
         self._links = links
         self._stores = stores
+        self._mirror = mirror
 
     def collect(self) -> Iterator[Metric]:
         yield from self._workers()
         yield from self._store_states()
+        if self._mirror is not None:
+            yield from _index(self._mirror)
 
     def _workers(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("tandem_worker_up", "1 while the worker is connected", labels=["worker", "role"])
@@ -109,6 +144,15 @@ class _Fleet(Collector):
             for labels, load in loads:
                 counters.add_metric(labels, counter(load))
             yield counters
+        fetched = CounterMetricFamily(
+            "tandem_fetched_tokens",
+            "Prompt tokens whose KV was fetched from the offload tier",
+            labels=["worker", "source"],
+        )
+        for labels, load in loads:
+            for source, tokens in FETCHED_TOKENS.items():
+                fetched.add_metric([*labels, source], tokens(load))
+        yield fetched
 
     def _store_states(self) -> Iterator[Metric]:
         slabs = GaugeMetricFamily("tandem_store_slabs", "Slabs by state", labels=["store", "state"])
@@ -121,8 +165,23 @@ class _Fleet(Collector):
                 slabs.add_metric([*labels, state], getattr(stat, state))
         yield up
         yield slabs
+        for name, (documentation, gauge) in STORE_GAUGES.items():
+            gauges = GaugeMetricFamily(name, documentation, labels=["store"])
+            for labels, stat in stats:
+                gauges.add_metric(labels, gauge(stat))
+            yield gauges
         for name, (documentation, counter) in STORE_COUNTERS.items():
             family = CounterMetricFamily(name, documentation, labels=["store"])
             for labels, stat in stats:
                 family.add_metric(labels, counter(stat))
             yield family
+
+
+def _index(mirror: MirrorStat) -> Iterator[Metric]:
+    yield GaugeMetricFamily("tandem_index_blocks", "Blocks in this router's copy of the index", mirror.blocks)
+    yield GaugeMetricFamily(
+        "tandem_index_behind_seconds", "Time since the copy was known to be complete; up to 1 is well", mirror.behind_s
+    )
+    yield CounterMetricFamily("tandem_index_events", "Changes followed", mirror.events_total)
+    yield CounterMetricFamily("tandem_index_gaps", "Times that changes were missed", mirror.gaps_total)
+    yield CounterMetricFamily("tandem_index_snapshots", "Times the copy was made anew", mirror.snapshots_total)

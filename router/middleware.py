@@ -44,27 +44,17 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
-class ApiKeys:
-    """Asks for a bearer key under /v1 and puts the `tenant` into the state: the key's digest, or empty."""
+class Bearer:
+    """Which of some keys an `Authorization` header carries, found in a time that tells nothing about them."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
-        self._app = app
+    def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            tenant = ""
-            if self._digests and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
-                digest = self._match(Headers(scope=scope).get("authorization", ""))
-                if digest is None:
-                    error = Unauthorized("send a valid API key as `Authorization: Bearer KEY`")
-                    await response(error)(scope, receive, send)
-                    return
-                tenant = digest.hex()
-            scope.setdefault("state", {})["tenant"] = tenant
-        await self._app(scope, receive, send)
+    def __bool__(self) -> bool:
+        return bool(self._digests)
 
-    def _match(self, header: str) -> bytes | None:
+    def match(self, header: str) -> bytes | None:
+        """The key's digest, or None."""
         scheme, _, key = header.partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         found = None
@@ -72,6 +62,27 @@ class ApiKeys:
             if hmac.compare_digest(digest, known) and scheme.lower() == "bearer":
                 found = known
         return found
+
+
+class ApiKeys:
+    """Asks for a bearer key under /v1 and puts the `tenant` into the state: the key's digest, or empty."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._keys = Bearer(keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            tenant = ""
+            if self._keys and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
+                digest = self._keys.match(Headers(scope=scope).get("authorization", ""))
+                if digest is None:
+                    error = Unauthorized("send a valid API key as `Authorization: Bearer KEY`")
+                    await response(error)(scope, receive, send)
+                    return
+                tenant = digest.hex()
+            scope.setdefault("state", {})["tenant"] = tenant
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

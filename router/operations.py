@@ -18,6 +18,7 @@ from starlette.responses import Response
 from cluster.errors import Unavailable, UnknownModel
 from cluster.messages import StoreInfo
 from cluster.store_messages import StoreStat
+from kvstore.mirror import Mirror
 from router.fleet import Fleet
 from router.http_errors import response
 from router.metrics import Metrics
@@ -25,8 +26,10 @@ from router.outputs import WorkerLink
 from router.settings import RouterSettings
 
 
-def operations(fleet: Fleet, metrics: Metrics, settings: RouterSettings, router_id: str) -> APIRouter:
-    """The routes, bound to one fleet."""
+def operations(
+    fleet: Fleet, metrics: Metrics, settings: RouterSettings, router_id: str, mirror: Mirror | None
+) -> APIRouter:
+    """The routes, bound to one fleet and, where there is a Redis, this router's copy of the index."""
     router = APIRouter(tags=["operations"])
     model = {
         "id": settings.served_model_name,
@@ -71,7 +74,7 @@ def operations(fleet: Fleet, metrics: Metrics, settings: RouterSettings, router_
     @router.get("/metrics")
     async def prometheus() -> Response:
         """Prometheus text format."""
-        page = metrics.page(fleet.links(), await fleet.store_stats())
+        page = metrics.page(fleet.links(), await fleet.store_stats(), None if mirror is None else mirror.stat())
         return Response(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @router.get("/status")
@@ -83,6 +86,7 @@ def operations(fleet: Fleet, metrics: Metrics, settings: RouterSettings, router_
                 "namespace": settings.namespace,
                 "router": router_id,
                 "redis": "reachable" if fleet.redis_reachable else "unreachable",
+                "index": mirror and dataclasses.asdict(mirror.stat()),
                 "workers": [_worker(link) for link in fleet.links()],
                 "stores": [_store(store, stat) for store, stat in await fleet.store_stats()],
             }
@@ -122,4 +126,9 @@ def _store(store: StoreInfo, stat: StoreStat | None) -> dict[str, Any]:
         "address": store.address,
         "answers": stat is not None,
         "slabs": dataclasses.asdict(stat) if stat else None,
+        "kv_tiers": stat
+        and {
+            "memory": {"blocks": stat.cached + stat.held, "bytes": (stat.cached + stat.held) * stat.block_bytes},
+            "disk": {"blocks": stat.disk_blocks, "bytes": stat.disk_bytes},
+        },
     }

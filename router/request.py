@@ -19,6 +19,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     salt: bytes
+    tenant: str  # opaque tag of whom it is for
 
 
 @dataclass(frozen=True, slots=True)

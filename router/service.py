@@ -17,7 +17,7 @@ from weakref import WeakSet
 from cluster.config import Config
 from cluster.errors import ContextLengthExceeded, InvalidRequest, UnknownModel
 from cluster.messages import Sampling
-from kvstore.hashing import salt
+from kvstore.hashing import salt, tenant_tag
 from router.admission import admit
 from router.choices import Choices, Plan
 from router.dispatch import Dispatcher
@@ -41,7 +41,7 @@ class Service:
         self._settings = settings
         self._fleet = fleet
         self._metrics = metrics
-        self._text = Text.load(settings.model_directory)
+        self.text = Text.load(settings.model_directory)
         self._dispatcher = Dispatcher(fleet, config.request_timeout)
         self._preparing = 0  # requests admitted whose choices are not made yet
         self._open: WeakSet[Choices] = WeakSet()
@@ -49,7 +49,7 @@ class Service:
 
     async def chat(self, body: ChatRequest, tenant: str, request_id: str) -> Choices:
         with self._admission(body):
-            prompt = await self._text.encode_chat([message.for_template() for message in body.messages])
+            prompt = await self.text.encode_chat([message.for_template() for message in body.messages])
             return self._plan(body, [(prompt, "")], "messages", tenant, request_id)
 
     async def completion(self, body: CompletionRequest, tenant: str, request_id: str) -> Choices:
@@ -57,10 +57,10 @@ class Service:
             prompts = []
             for prompt in body.prompt:
                 if isinstance(prompt, str):
-                    tokens, text = await self._text.encode(prompt), prompt
+                    tokens, text = await self.text.encode(prompt), prompt
                 else:
                     self._check_ids(prompt, "prompt")
-                    tokens, text = tuple(prompt), self._text.decode(prompt) if body.echo else ""
+                    tokens, text = tuple(prompt), self.text.decode(prompt) if body.echo else ""
                 prompts.append((tokens, text if body.echo else ""))
             return self._plan(body, prompts, "prompt", tenant, request_id)
 
@@ -109,7 +109,8 @@ class Service:
         request_id: str,
     ) -> Choices:
         """One plan per prompt and choice, the choices of a prompt next to each other as OpenAI numbers them."""
-        hash_salt = salt(self._settings.cluster_secret, tenant, body.cache_salt or "")
+        secret = self._settings.cluster_secret
+        hash_salt, tag = salt(secret, tenant, body.cache_salt or ""), tenant_tag(secret, tenant)
         seed = body.seed if body.seed is not None else secrets.randbits(63)
         unique = f"{request_id}-{secrets.token_hex(4)}"  # a client may send the same request id twice
         plans: list[Plan] = []
@@ -117,8 +118,8 @@ class Service:
             room = self._room(tokens, field)
             for choice in range(body.choices):
                 sampling = self._sampling(body, room, (seed + choice) & SEED_MASK)
-                request = Request(f"{unique}-{len(plans)}", tokens, sampling, hash_salt)
-                plans.append(Plan(request, self._text.detokenizer(body.stop, sampling.min_tokens), number, echo))
+                request = Request(f"{unique}-{len(plans)}", tokens, sampling, hash_salt, tag)
+                plans.append(Plan(request, self.text.detokenizer(body.stop, sampling.min_tokens), number, echo))
         choices = Choices(plans, self._dispatcher.serve, self._metrics, bool(body.return_token_ids))
         self._open.add(choices)
         return choices

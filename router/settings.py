@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvstore.hashing import ModelKey
+
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
@@ -21,3 +23,4 @@ class RouterSettings:
     max_context: int  # tokens of prompt and output together
     vocab_size: int  # the model's: ids from 0 to this minus one are legal in prompts and biases
     eos_token_ids: tuple[int, ...]
+    model_key: ModelKey  # what block hashes begin with

@@ -91,18 +91,19 @@ class Text:
         """Tokens of a plain prompt, with the special tokens the tokenizer adds to one."""
         return await asyncio.to_thread(self._encode, text, True)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Tokens of a conversation, up to where the assistant's answer begins. Raises InvalidRequest."""
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> tuple[int, ...]:
+        """Tokens of a conversation, up to where the assistant's answer begins (or, without `answer`, up to where the
+        next message would). Raises InvalidRequest."""
         if self._template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-        return await asyncio.to_thread(lambda: self._encode(self.render(messages), False))
+        return await asyncio.to_thread(lambda: self._encode(self.render(messages, answer), False))
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:
         """The conversation as one text. Raises InvalidRequest with the template's complaint."""
         assert self._template is not None
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+                messages=messages, tools=None, documents=None, add_generation_prompt=answer, **self._special_tokens
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             # what a template asserts (alternating roles, say) is about the messages; nothing else varies

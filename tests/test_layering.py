@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "deploy": {"cluster", "kvstore", "workers", "router", "kernels", "loadtests"},
     "loadtests": {"cluster", "router"},
 }
-KVSTORE_FOR_ROUTER = {"kvstore.hashing", "kvstore.layout"}
+KVSTORE_FOR_ROUTER = {"kvstore.hashing", "kvstore.layout", "kvstore.mirror"}
 NO_TORCH = ("cluster", "router", "kvstore")
 RAY_FILES = {"deploy/actors.py", "deploy/front_door.py", "deploy/launch.py"}
 

@@ -35,7 +35,7 @@ class Bench:
 
     async def serve(self, max_tokens: int = 8) -> list[int]:
         sampling = Sampling(max_tokens=max_tokens, stop_token_ids=(EOS,))
-        async with aclosing(self.dispatcher.serve(Request("r", PROMPT, sampling, b"salt"))) as deltas:
+        async with aclosing(self.dispatcher.serve(Request("r", PROMPT, sampling, b"salt", "tenant"))) as deltas:
             async for delta in deltas:
                 self.deltas.append(delta)
         return self.tokens

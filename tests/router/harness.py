@@ -16,6 +16,7 @@ import uvicorn
 
 from cluster.config import Config
 from cluster.messages import Role
+from kvstore.hashing import ModelKey
 from router.app import create_app
 from router.settings import RouterSettings
 from tests.router.fakes import EOS, NAMESPACE, SECRET, VOCAB, FakeWorker, StaticMembership, Transfers
@@ -23,6 +24,7 @@ from tests.router.fakes import EOS, NAMESPACE, SECRET, VOCAB, FakeWorker, Static
 T = TypeVar("T")
 MODEL = "org/test-model"
 MAX_CONTEXT = 256
+MODEL_KEY = ModelKey(b"weights", b"tokenizer", "float32", 16)
 ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "b": "both"}
 
 
@@ -30,7 +32,9 @@ class Api:
     """What a test holds: the address, an HTTP client, the workers."""
 
     def __init__(self, model_directory: Path) -> None:
-        self.settings = RouterSettings(str(model_directory), MODEL, NAMESPACE, SECRET, "", MAX_CONTEXT, VOCAB, (EOS,))
+        self.settings = RouterSettings(
+            str(model_directory), MODEL, NAMESPACE, SECRET, "", MAX_CONTEXT, VOCAB, (EOS,), MODEL_KEY
+        )
         self.membership = StaticMembership()
         self.workers: dict[str, FakeWorker] = {}
         self.url = ""

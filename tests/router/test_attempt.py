@@ -107,8 +107,10 @@ def test_a_decode_worker_lost_mid_stream(roles: str, at: int) -> None:
         for worker in b.workers.values():
             worker.hold_at = at if worker.role != "prefill" else None
         serving = asyncio.create_task(b.serve())
-        await eventually(lambda: len(b.tokens) == at)
-        (victim,) = [worker for worker in b.workers.values() if worker.running]
+        # the first token may come from the prefill worker before the decode worker has its job
+        decoding = [worker for worker in b.workers.values() if worker.role != "prefill"]
+        await eventually(lambda: len(b.tokens) == at and any(worker.running for worker in decoding))
+        (victim,) = [worker for worker in decoding if worker.running]
         others = [worker for worker in b.workers.values() if worker is not victim]
         for other in others:
             other.hold_at = None

@@ -113,7 +113,7 @@ def test_cached_tokens_are_those_of_who_looked_up_the_prompt() -> None:
 
 def test_many_at_once_are_spread_over_the_workers() -> None:
     async def test(b: Bench) -> None:
-        requests = [Request(f"r{i}", (i, i + 1, i + 2), Sampling(max_tokens=20), b"") for i in range(24)]
+        requests = [Request(f"r{i}", (i, i + 1, i + 2), Sampling(max_tokens=20), b"", "") for i in range(24)]
 
         async def one(request: Request) -> list[int]:
             return [token async for delta in b.dispatcher.serve(request) for token in delta.tokens]
@@ -160,7 +160,7 @@ def test_cancelling_while_a_worker_thinks_about_the_job_aborts_it_once_accepted(
 
 def test_closing_the_iterator_early_aborts() -> None:
     async def test(b: Bench) -> None:
-        request = Request("r", PROMPT, Sampling(max_tokens=100), b"")
+        request = Request("r", PROMPT, Sampling(max_tokens=100), b"", "")
         b.workers["d1"].hold_at = 5
         async with aclosing(b.dispatcher.serve(request)) as deltas:
             await anext(deltas)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +16,29 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.messages import StoreInfo
 from cluster.rpc import Server
 from cluster.store_messages import StatRequest, StoreStat
+from kvstore.hashing import tenant_tag
+from kvstore.index import IndexWriter
+from kvstore.redis_server import EmbeddedRedis
+from kvstore.slabs import Change
 from tests.router.fakes import NAMESPACE, SECRET
 from tests.router.harness import Api
 
-STAT = StoreStat(10, 4, 1, 2, 3, 0, 1, 4096, 7, 100, 5, 6)
+STAT = StoreStat(
+    10, 4, 1, 2, 3, 0, 1, 4096, 7, 100, 5, 6, pinned=11, disk_blocks=12, disk_bytes=13, disk_limit_bytes=14,
+    disk_writes_total=15, disk_reads_total=16, disk_errors_total=17, found_blocks_total=18, missed_blocks_total=19,
+    fetched_blocks_total=20, corrupt_total=21,
+)  # fmt: skip
+OFFLOAD = {
+    "fetched_memory_tokens_total": 31,
+    "fetched_disk_tokens_total": 32,
+    "fetched_remote_tokens_total": 33,
+    "fetched_bytes_total": 34,
+    "fetch_seconds_total": 35,
+    "fetch_failures_total": 36,
+    "recomputed_tokens_total": 37,
+    "offloaded_blocks_total": 38,
+    "offload_failures_total": 39,
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +100,51 @@ def test_metrics_of_workers_and_requests(api: Api) -> None:
     assert after["tandem_output_tokens_total", ("d1",)] == 4
 
 
+def test_metrics_of_the_offload_tier_at_the_workers(api: Api) -> None:
+    api.workers["d1"].load = dict(OFFLOAD)
+    api.wait(lambda: samples(api)["tandem_offload_failures_total", ("d1",)] == 39)
+    page = samples(api)
+    for value, source in ((31, "memory"), (32, "disk"), (33, "remote")):
+        assert page["tandem_fetched_tokens_total", (source, "d1")] == value
+    names = ("fetch_bytes", "fetch_seconds", "fetch_failures", "recomputed_tokens", "offloaded_blocks")
+    assert [page[f"tandem_{name}_total", ("d1",)] for name in names] == [34, 35, 36, 37, 38]
+
+
+def test_the_mirror_of_the_index_is_shown(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a real Redis: what a store publishes arrives in /metrics, /status and /kv."""
+    monkeypatch.setattr("kvstore.mirror.BLOCK_MS", 50)
+    redis = EmbeddedRedis()
+    one = Api(model_directory)
+    one.settings = dataclasses.replace(one.settings, redis_url=redis.url)
+
+    async def publish() -> None:
+        writer = IndexWriter(redis.url, NAMESPACE, "a", 1, "a:1")
+        await writer.claim()
+        assert await writer.publish([Change(bytes([i]) * 32, 1, True) for i in range(5)])
+        await writer.close()
+
+    try:
+        with one.serving("") as api:
+            api.wait(lambda: api.http.get("/status").json()["index"]["snapshots_total"] == 1)
+            api.run(publish())
+            api.wait(lambda: api.http.get("/status").json()["index"]["blocks"] == 5)
+            page = samples(api)
+            names = ("blocks", "events_total", "gaps_total", "snapshots_total")
+            assert [page[f"tandem_index_{name}", ()] for name in names] == [5, 1, 0, 1]
+            assert 0 <= page["tandem_index_behind_seconds", ()] < 20
+            assert api.http.get("/kv").json()["index"]["blocks"] == 5
+    finally:
+        redis.close()
+
+
+def test_every_metric_is_documented(guarded: Api) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    page = guarded.http.get("/metrics").text
+    names = [family.name.removesuffix("_created") for family in text_string_to_metric_families(page)]
+    index = [f"tandem_index_{name}" for name in ("blocks", "behind_seconds", "events", "gaps", "snapshots")]
+    assert [name for name in {*names, *index} if f"`{name}" not in text] == []
+
+
 def test_metrics_answer_head(api: Api) -> None:
     response = api.http.head("/metrics")
     assert response.status_code == 200
@@ -91,8 +157,16 @@ def test_stores_are_shown(guarded: Api) -> None:
     states = {state: page["tandem_store_slabs", (state, "store-1")] for state in ("free", "reserved", "held", "cached")}
     assert states == {"free": 4, "reserved": 1, "held": 2, "cached": 3}
     assert page["tandem_store_up", ("store-1",)] == 1
+    names = (
+        "pinned_blocks", "disk_blocks", "disk_bytes", "disk_limit_bytes", "disk_writes_total", "disk_reads_total",
+        "disk_errors_total", "found_blocks_total", "missed_blocks_total", "fetched_blocks_total",
+        "corrupt_blocks_total",
+    )  # fmt: skip
+    assert [page[f"tandem_store_{name}", ("store-1",)] for name in names] == list(range(11, 22))
+    assert page["tandem_store_block_bytes", ("store-1",)] == 4096
     (store,) = guarded.http.get("/status").json()["stores"]
     assert (store["id"], store["answers"], store["slabs"]["cached"]) == ("store-1", True, 3)
+    assert store["kv_tiers"] == {"memory": {"blocks": 5, "bytes": 5 * 4096}, "disk": {"blocks": 12, "bytes": 13}}
 
 
 def test_keys_are_asked_for_under_v1_only(guarded: Api) -> None:
@@ -119,8 +193,11 @@ def test_tenants_do_not_share_a_cache(guarded: Api) -> None:
     for key in ("first-key", "second-kéy", "first-key"):
         headers = {b"authorization": b"Bearer " + key.encode()}
         assert guarded.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=headers).is_success
-    first, second, third = [generation.salt for generation in guarded.workers["b1"].generations[-3:]]
+    asked = guarded.workers["b1"].generations[-3:]
+    first, second, third = [generation.salt for generation in asked]
     assert first == third != second
+    first_key = hashlib.sha256(b"first-key").hexdigest()
+    assert asked[0].tenant == asked[2].tenant == tenant_tag(SECRET, first_key) != asked[1].tenant
 
 
 def test_a_burst_over_the_limit_is_refused_before_any_worker_reports_it(guarded: Api) -> None:

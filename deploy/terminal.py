@@ -1,0 +1,16 @@
+"""What the commands share: where they print, and how they end when something is wrong."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+console = Console()
+
+
+def fail(message: str) -> NoReturn:
+    """One line on standard error and exit code 1."""
+    Console(stderr=True).print(f"tandem: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
