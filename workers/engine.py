@@ -10,39 +10,26 @@ aborted sequence can let go of them at once without anybody copying from, or int
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Sequence as Several
+from dataclasses import replace
 
 from cluster.errors import DeadlineExceeded
-from cluster.messages import FinishReason, Handoff, JobFailed, Load, Role, TokenOutput
+from cluster.messages import FinishReason, JobFailed, Load, Role, TokenOutput
+from cluster.perfmodel import PerfModel
 from kvstore.blocks import BlockPool
+from kvstore.fetcher import Source
 from kvstore.hashing import extend
+from workers.fetching import Choice, choose
 from workers.runner import Chunk, Runner
 from workers.sampling import finish
 from workers.scheduler import Scheduler
 from workers.sequence import Sequence, State
+from workers.sightings import Sightings
+from workers.step import BlockFetch, Offload, Send, Step
 
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Blocks of a prefill that are complete and go to the store; each carries a reference until `Engine.sent`."""
-
-    transfer_id: str
-    blocks: list[tuple[int, int]]  # (position in the transfer, block id)
-    last: bool  # the prefill is done; `first_token` follows its last token
-    first_token: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What came out of one step, in the words of whoever acts on it."""
-
-    outputs: list[tuple[str, TokenOutput | JobFailed]] = field(default_factory=list)  # (router id, output)
-    sends: list[Send] = field(default_factory=list)
-    receives: list[Sequence] = field(default_factory=list)
-    revoked: list[str] = field(default_factory=list)  # transfers whose prefill will not finish
-    dropped: list[str] = field(default_factory=list)  # ids of sequences that ended while their handoff was arriving
-    unclaimed: list[Handoff] = field(default_factory=list)  # handoffs of sequences that ended before they were fetched
-    computed: int = 0  # tokens run through the model; 0: nothing to do until an event arrives
+LOW = 8  # an eighth of the pool: with fewer expendable blocks than that, the oldest go to the store ahead of eviction
+COLD_BATCH = 16  # blocks on their way there at a time
 
 
 class Engine:
@@ -53,15 +40,20 @@ class Engine:
         self.max_context = max_context
         # or one long sequence alone would preempt itself for ever
         assert runner.num_blocks * self.block_size >= max_context, "the KV cache cannot hold one longest sequence"
-        self.scheduler = Scheduler(self.pool, self.block_size, token_budget, max_sequences)
+        self.model = PerfModel(token_budget)
+        self.scheduler = Scheduler(self.pool, self.block_size, token_budget, max_sequences, self._choose)
         self.sequences: dict[str, Sequence] = {}  # id -> every live sequence
-        self.steps = self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
-        self._arriving: dict[str, list[int]] = {}  # id -> blocks that a handoff is writing into
+        self.steps = self.prompt_tokens = self.cached_tokens = self.output_tokens = self.recomputed_tokens = 0
+        self._arriving: dict[str, list[int]] = {}  # id -> blocks that a handoff or a fetch is writing into
+        self._sightings = Sightings()
+        self._cold = 0  # blocks on their way to the store ahead of their eviction
         self._step = Step()
 
     # ------------------------------------------------------------------------------------------------------ events
     def add(self, sequence: Sequence) -> None:
         extend(sequence.hashes, sequence.root, sequence.tokens, self.block_size)
+        if sequence.handoff is None and not sequence.transfer_id:
+            sequence.repeated = self._sightings.see(sequence.hashes[: sequence.prompt_length // self.block_size])
         self.sequences[sequence.id] = sequence
         self.scheduler.waiting.append(sequence)
 
@@ -69,40 +61,101 @@ class Engine:
         for sequence in filter(None, map(self.sequences.get, ids)):
             self._drop(sequence)
 
+    def located(self, sequence: Sequence, sources: list[Source]) -> None:
+        """The stores have been asked; the sequence may be admitted."""
+        sequence.sources, sequence.locating = sources, False
+
+    def fetched(self, sequence: Sequence, valid_blocks: int, parts: Several[tuple[Source, int, float]]) -> None:
+        """A fetch has ended with that many good blocks from the start of the table; `parts` as in `Fetched`."""
+        for source, blocks, seconds in parts:
+            self.model.observe_fetch(blocks * self.runner.layout.block_bytes, source.path, 1000 * seconds)
+        if self._arrived(sequence, valid_blocks):
+            # never the whole sequence: the last token is always left to compute, for its logits
+            self.scheduler.received(sequence, valid_blocks * self.block_size)
+            self._register(sequence, stored=True)
+            if not sequence.preempted:
+                sequence.cached = sequence.computed
+
     def received(self, sequence: Sequence, valid_blocks: int, first_token: int | None) -> None:
         """A handoff has ended with that many good blocks from the start of the table."""
-        self.pool.free(self._arriving.pop(sequence.id))
-        if sequence.id not in self.sequences:
-            return  # it was aborted meanwhile
+        if not self._arrived(sequence, valid_blocks):
+            return
         arrived = min(valid_blocks * self.block_size, len(sequence.tokens))
         whole = arrived == len(sequence.tokens) and first_token is not None
         # without the prefill's token the last position is computed again, for its logits
         self.scheduler.received(sequence, arrived if whole else min(arrived, len(sequence.tokens) - 1))
-        self._register(sequence)
+        self._register(sequence, stored=True)
         if whole and first_token is not None:
             self._append(sequence, first_token)
+
+    def _arrived(self, sequence: Sequence, valid_blocks: int) -> bool:
+        """Nobody writes into the sequence's blocks any more. False: it was aborted meanwhile."""
+        blocks = self._arriving.pop(sequence.id)
+        assert valid_blocks <= len(blocks), f"{valid_blocks} blocks arrived in a table of {len(blocks)}"
+        self.pool.free(blocks)
+        return sequence.id in self.sequences
 
     def sent(self, block_ids: list[int]) -> None:
         """The transfer has let go of these blocks."""
         self.pool.free(block_ids)
 
+    def offloaded(self, offloads: Several[Offload]) -> None:
+        """These were written to the store, or could not be; a second attempt is not made."""
+        self.pool.free([offload.block for offload in offloads if not offload.cold])
+        cold = [offload.block for offload in offloads if offload.cold]
+        self.pool.free(cold, oldest=True)
+        self._cold -= len(cold)
+
+    def store_is_new(self) -> None:
+        """The store that this worker writes to has nothing of what was written before."""
+        self.pool.reset_offers()
+
     # -------------------------------------------------------------------------------------------------------- step
     def step(self, now: float) -> Step:
         self._expire(now)
         schedule = self.scheduler.schedule()
-        for sequence in schedule.receive:
-            self._arriving[sequence.id] = list(sequence.block_table)
-            self.pool.retain(sequence.block_table)
-            self._step.receives.append(sequence)
+        self._step.lookups.extend(schedule.preempted)
+        self._step.receives.extend(self._arrive(sequence) for sequence in schedule.receive)
+        for sequence, choice in schedule.admitted:
+            self._fetch(sequence, choice)
         if schedule.chunks:
-            tokens = self.runner.run(schedule.chunks)
-            for chunk, token in zip(schedule.chunks, tokens, strict=True):
-                self._commit(chunk, token)
-            self.steps += 1
+            self._run(schedule.chunks)
+        self._offload_oldest()
         done, self._step = self._step, Step()
         return replace(done, computed=sum(chunk.take for chunk in schedule.chunks))
 
-    def load(self, role: Role, handoff_bytes: int, handoff_seconds: float, handoff_failures: int) -> Load:
+    def _run(self, chunks: list[Chunk]) -> None:
+        work = [(chunk.take, chunk.sequence.computed) for chunk in chunks]
+        began = time.monotonic()
+        tokens = self.runner.run(chunks)
+        if any(take > 1 for take, _ in work):
+            self.model.observe_step(work, 1000 * (time.monotonic() - began))
+        for chunk, token in zip(chunks, tokens, strict=True):
+            self._commit(chunk, token)
+        self.steps += 1
+
+    def _choose(self, sequence: Sequence, hits: int) -> Choice:
+        return choose(sequence.sources, hits, len(sequence.tokens), self.model, self.runner.layout)
+
+    def _arrive(self, sequence: Sequence) -> Sequence:
+        """Somebody will write into its blocks, whatever becomes of it."""
+        self._arriving[sequence.id] = list(sequence.block_table)
+        self.pool.retain(sequence.block_table)
+        return sequence
+
+    def _fetch(self, sequence: Sequence, choice: Choice) -> None:
+        """A sequence was admitted: order what it is to fetch."""
+        sequence.sources = []
+        for source in choice.passed_over:
+            self.recomputed_tokens += (source.stop - source.start) * self.block_size
+            self.model.passed_over(source.path)
+        if choice.sources:
+            self._arrive(sequence)
+            order = BlockFetch(sequence, choice.sources, list(sequence.block_table), choice.timeout_s)
+            self._step.fetches.append(order)
+
+    def load(self, role: Role) -> Load:
+        """Its gauges and counters; those of transfers are for whoever transfers to fill in."""
         s = self.scheduler
         return Load(
             role=role,
@@ -117,9 +170,10 @@ class Engine:
             cached_tokens_total=self.cached_tokens,
             output_tokens_total=self.output_tokens,
             preemptions_total=s.preemptions,
-            handoff_bytes_total=handoff_bytes,
-            handoff_seconds_total=handoff_seconds,
-            handoff_failures_total=handoff_failures,
+            handoff_bytes_total=0,
+            handoff_seconds_total=0.0,
+            handoff_failures_total=0,
+            recomputed_tokens_total=self.recomputed_tokens,
         )
 
     # ------------------------------------------------------------------------------------------------------ commit
@@ -130,6 +184,7 @@ class Engine:
             self.prompt_tokens += min(chunk.take, sequence.prompt_length - before)
         sequence.computed += chunk.take
         self._register(sequence)
+        self._offload(sequence)
         if token is not None:
             self._append(sequence, token)
         elif sequence.transfer_id:
@@ -157,11 +212,38 @@ class Engine:
         output = TokenOutput(sequence.id, start, (token,), reason, sequence.cached)
         self._step.outputs.append((sequence.router_id, output))
 
-    def _register(self, sequence: Sequence) -> None:
-        """Blocks that became full can be hit from now on."""
-        for index in range(sequence.registered, sequence.computed // self.block_size):
-            self.pool.register(sequence.block_table[index], sequence.hashes[index])
-        sequence.registered = sequence.computed // self.block_size
+    def _register(self, sequence: Sequence, stored: bool = False) -> None:
+        """Blocks that became full can be hit from now on. `stored`: they came from a store."""
+        first, full = sequence.registered, sequence.computed // self.block_size
+        for index, key in enumerate(sequence.keys(first, full, self.block_size), start=first):
+            self.pool.register(sequence.block_table[index], key, sequence.generation.tenant)
+        sequence.registered = full
+        if stored:
+            self.pool.offer(sequence.block_table[first:full])
+
+    def _offload(self, sequence: Sequence) -> None:
+        """Leading blocks of a prompt that was asked for before go to the store, and all of them as soon as decode has
+        filled one: the next turn of a conversation will ask for it, and it is worth nothing without those before it."""
+        if sequence.transfer_id:
+            return  # all of them go with the handoff
+        decoded = sequence.registered * self.block_size > sequence.prompt_length
+        upto = sequence.registered if decoded else min(sequence.registered, sequence.repeated)
+        # by hash: when the sequence computed a block that was there already, the other one is that which has the name
+        blocks = [self.pool.find(name) for name in sequence.hashes[sequence.offered : upto]]
+        self._write([block for block in blocks if block is not None], cold=False)
+        sequence.offered = max(sequence.offered, upto)
+
+    def _offload_oldest(self) -> None:
+        """What will be evicted next goes to the store first, a little at a time."""
+        if self._cold == 0 and self.pool.expendable_count < self.pool.total // LOW:
+            count = max(1, min(COLD_BATCH, self.pool.total // (4 * LOW)))
+            self._write(self.pool.oldest_unoffered(count), cold=True)
+
+    def _write(self, block_ids: list[int], cold: bool) -> None:
+        offloads = [Offload(block, name, cold) for block, name in self.pool.offer(block_ids)]
+        self.pool.retain([offload.block for offload in offloads])
+        self._step.offloads.extend(offloads)
+        self._cold += len(offloads) if cold else 0
 
     def _send(self, sequence: Sequence, first_token: int | None) -> None:
         """Announce the blocks whose KV is complete since the last time; the partial one with the first token."""
@@ -169,6 +251,7 @@ class Engine:
         upto = full if first_token is None else len(sequence.block_table)
         blocks = [(position, sequence.block_table[position]) for position in range(sequence.sent, upto)]
         if blocks or first_token is not None:
+            self.pool.offer(block for _, block in blocks)
             self.pool.retain([block for _, block in blocks])
             self._step.sends.append(Send(sequence.transfer_id, blocks, first_token is not None, first_token))
             sequence.sent = upto

@@ -12,80 +12,63 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import Config
 from cluster.errors import StoreError, TandemError
 from cluster.messages import Handoff
-from kvstore.client import StoreClient
+from kvstore.connections import Connections
 from kvstore.reader import HandoffReader
 from kvstore.writer import HandoffWriter
-from workers.engine import Send
+from workers.counters import Counters
+from workers.node_store import NodeStore
 from workers.runner import Runner
 from workers.sequence import Sequence, State
+from workers.step import Send
+from workers.tasks import outcome
 
 Sent = Callable[[list[int]], None]  # takes back the ids of blocks that nobody copies from any more
 Received = Callable[[Sequence, int, int | None], None]  # sequence, good blocks from the start, first token
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Stats:
-    """Lifetime counters of what arrived."""
-
-    bytes: int = 0
-    seconds: float = 0.0
-    failures: int = 0
-
-
 class Handoffs:
-    def __init__(self, client_id: str, runner: Runner, config: Config, secret: str) -> None:
-        self._client_id = client_id
+    """Writes to `store`; reads over `connections`, which are their owner's to close."""
+
+    def __init__(
+        self, runner: Runner, config: Config, store: NodeStore, connections: Connections, counters: Counters
+    ) -> None:
         self._runner = runner
         self._hold_ms = int(config.hold_timeout * 1000)
-        self._secret = secret
-        self._writer: HandoffWriter | None = None
-        self._client: StoreClient | None = None
-        self._reader = HandoffReader(secret, runner.layout)
+        self._store = store
+        self._reader = HandoffReader(connections)
+        self._counters = counters
         self._sends: dict[str, asyncio.Queue[tuple[Send, Sent] | None]] = {}  # transfer id -> work left; None: revoke
-        self._receives: dict[str, asyncio.Task[None]] = {}  # sequence id -> task
+        self._abandoned: set[str] = set()  # of these transfers, those that nobody will follow
+        self._unsent = 0  # sends that wait in there or are under way
+        self.idle = asyncio.Event()  # no block is being written that somebody waits for
+        self.idle.set()
+        self._receives: dict[str, asyncio.Task[tuple[int, int | None]]] = {}  # sequence id -> task
         self._tasks: set[asyncio.Task[None]] = set()
-        self.stats = Stats()
-
-    @property
-    def connected(self) -> bool:
-        return self._writer is not None and self._writer.connected
-
-    async def connect(self, address: str) -> None:
-        """Use the store at this address from now on. Raises StoreError or Unavailable when it does not answer."""
-        if self._client is not None and self._client.address == address and self.connected:
-            return
-        client = StoreClient(address, self._secret, self._client_id, self._runner.layout)
-        writer = HandoffWriter(client, self._runner.layout, self._runner.block)
-        await writer.connect()
-        old, self._client, self._writer = self._writer, client, writer
-        if old is not None:
-            await old.close()
 
     async def close(self) -> None:
-        for task in [*self._tasks, *self._receives.values()]:
+        tasks: list[asyncio.Task[Any]] = [*self._tasks, *self._receives.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._receives.values(), return_exceptions=True)
-        if self._writer is not None:
-            await self._writer.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._reader.close()
 
     # ------------------------------------------------------------------------------------------------------- leaving
     async def reserve(self, sequence: Sequence) -> Handoff:
         """Room in this node's store for all of the sequence's KV. Raises StoreError when there is none."""
-        if self._writer is None or not self._writer.connected:
+        writer = self._store.writer
+        if writer is None:
             raise StoreError("this worker has no block store yet")
-        size = self._runner.layout.tokens
-        hashes = sequence.hashes[: len(sequence.tokens) // size]
-        writer = self._writer
+        size, tokens = self._runner.layout.tokens, len(sequence.tokens)
+        keys = sequence.keys(0, tokens // size, size)
+        tenant = sequence.generation.tenant
         try:
-            handoff = await writer.reserve(sequence.transfer_id, hashes, len(sequence.tokens), self._hold_ms)
+            handoff = await writer.reserve(sequence.transfer_id, keys, tokens, self._hold_ms, tenant)
         except asyncio.CancelledError:  # the store may have reserved all the same
             self._spawn(self._quietly(writer.revoke(sequence.transfer_id, "the router gave up")))
             raise
@@ -95,6 +78,8 @@ class Handoffs:
 
     def send(self, send: Send, done: Sent) -> None:
         """Copy and seal, in the order of the calls; `done` gets the blocks back."""
+        self._unsent += 1
+        self.idle.clear()
         self._sends[send.transfer_id].put_nowait((send, done))
 
     def revoke(self, transfer_id: str) -> None:
@@ -105,8 +90,10 @@ class Handoffs:
     def abandon(self, ids: Iterable[str]) -> None:
         """Of these jobs, those that were prefills and are done need not be kept for anybody."""
         for transfer_id in ids:
-            if transfer_id not in self._sends and self._writer is not None and self._writer.connected:
-                self._spawn(self._quietly(self._writer.revoke(transfer_id, "the request has ended")))
+            if transfer_id in self._sends:  # the engine may be done with it already: then it is not going to revoke it
+                self._abandoned.add(transfer_id)
+            elif (writer := self._store.writer) is not None:
+                self._spawn(self._quietly(writer.revoke(transfer_id, "the request has ended")))
 
     async def _drain(self, transfer_id: str, writer: HandoffWriter) -> None:
         """Everything one transfer sends, in order; after a failure blocks are only let go of."""
@@ -125,11 +112,19 @@ class Handoffs:
                 log.warning("handoff %s failed, its reader recomputes: %s", transfer_id, error.message)
             finally:
                 if work is not None:
-                    send, done = work
-                    done([block for _, block in send.blocks])
+                    self._let_go(*work)
             if work is None or work[0].last:
                 del self._sends[transfer_id]
+                if transfer_id in self._abandoned:
+                    self._abandoned.discard(transfer_id)
+                    await self._quietly(writer.revoke(transfer_id, "the request has ended"))
                 return
+
+    def _let_go(self, send: Send, done: Sent) -> None:
+        done([block for _, block in send.blocks])
+        self._unsent -= 1
+        if self._unsent == 0:
+            self.idle.set()
 
     # ------------------------------------------------------------------------------------------------------ arriving
     def expect(self, sequence: Sequence) -> None:
@@ -146,9 +141,15 @@ class Handoffs:
             await asyncio.sleep(self._hold_ms / 3000)
 
     def receive(self, sequence: Sequence, done: Received) -> None:
-        task = asyncio.create_task(self._receive(sequence, done))
+        start = sequence.computed // self._runner.layout.tokens
+        task = asyncio.create_task(self._receive(sequence, start))
         self._receives[sequence.id] = task
-        task.add_done_callback(lambda _: self._receives.pop(sequence.id, None))
+
+        def ended(_: asyncio.Task[tuple[int, int | None]]) -> None:
+            del self._receives[sequence.id]
+            done(sequence, *outcome(task, (start, None)))
+
+        task.add_done_callback(ended)
 
     def release(self, handoff: Handoff) -> None:
         """Nobody here will receive it."""
@@ -158,27 +159,24 @@ class Handoffs:
         if sequence_id in self._receives:
             self._receives[sequence_id].cancel()
 
-    async def _receive(self, sequence: Sequence, done: Received) -> None:
+    async def _receive(self, sequence: Sequence, start: int) -> tuple[int, int | None]:
+        """Good blocks from the beginning of the table, first token."""
         handoff, table = sequence.handoff, list(sequence.block_table)
         assert handoff is not None
-        start = sequence.computed // self._runner.layout.tokens
-        valid, first_token = start, None
-        try:
-            received = await self._reader.receive(
-                handoff,
-                start,
-                len(sequence.tokens),
-                lambda position: self._runner.block(table[position]),
-                timeout_s=max(0.0, sequence.deadline - time.monotonic()),
-            )
-            valid, first_token = received.valid_blocks, received.first_token
-            self.stats.bytes += received.bytes
-            self.stats.seconds += received.seconds
-            if received.error is not None:
-                self.stats.failures += 1
-                log.warning("handoff %s broke after %d blocks: %s", sequence.id, valid, received.error.message)
-        finally:
-            done(sequence, valid, first_token)
+        received = await self._reader.receive(
+            handoff,
+            start,
+            len(sequence.tokens),
+            lambda position: self._runner.block(table[position]),
+            timeout_s=max(0.0, sequence.deadline - time.monotonic()),
+        )
+        self._counters.handoff_bytes_total += received.bytes
+        self._counters.handoff_seconds_total += received.seconds
+        if received.error is not None:
+            self._counters.handoff_failures_total += 1
+            valid, why = received.valid_blocks, received.error.message
+            log.warning("handoff %s broke after %d blocks: %s", sequence.id, valid, why)
+        return received.valid_blocks, received.first_token
 
     async def _quietly(self, work: Coroutine[Any, Any, None]) -> None:
         """Tidying up that a store forgets about by itself when it cannot be told."""

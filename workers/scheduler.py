@@ -3,16 +3,19 @@
 There are no phases: a sequence has a gap of tokens whose KV is missing, and a step closes part of it. Decodes (gap 1)
 come first so that a long prompt cannot stall them, then prefill chunks share what is left of the token budget
 (chunked prefill, Sarathi-Serve, arXiv:2403.02310), then waiting sequences are admitted, first come first served.
+What is not on the device may be fetched from a store first, when the sequence's `Choice` says so.
 When blocks run out the youngest running sequence is preempted: its blocks are freed, its tokens are kept, and it goes
-to the head of the queue to recompute what the prefix cache does not still hold.
+to the head of the queue, where the stores are asked what they have of it by now; the rest is recomputed.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvstore.blocks import BlockPool
+from workers.fetching import NOTHING, Choice
 from workers.runner import Chunk
 from workers.sequence import Sequence, State
 
@@ -20,7 +23,10 @@ from workers.sequence import Sequence, State
 @dataclass(frozen=True, slots=True)
 class Schedule:
     chunks: list[Chunk]
-    receive: list[Sequence]  # admitted with a handoff: their blocks must be fetched before they can run
+    receive: list[Sequence] = field(default_factory=list)  # admitted with a handoff whose blocks must arrive first
+    # the other ones that were admitted; those that are to fetch something run when it has arrived
+    admitted: list[tuple[Sequence, Choice]] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)  # not admitted again before `located` is called for them
 
 
 @dataclass(slots=True)
@@ -29,6 +35,7 @@ class Scheduler:
     block_size: int
     token_budget: int
     max_sequences: int
+    choose: Callable[[Sequence, int], Choice]  # (sequence, blocks of it on the device) -> what to fetch
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)  # oldest first
     receiving: dict[str, Sequence] = field(default_factory=dict)  # id -> sequence
@@ -36,8 +43,8 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         chunks: dict[str, Chunk] = {}  # sequence id -> chunk, in the order of the batch
+        schedule = Schedule([])
         budget = self.token_budget
-        preempted = False
         for sequence in sorted(self.running, key=lambda s: s.gap > 1):
             if sequence.state is not State.RUNNING or budget == 0:
                 continue
@@ -47,46 +54,58 @@ class Scheduler:
                 refund = chunks.pop(victim.id, None)
                 budget += refund.take if refund else 0
                 self._preempt(victim)
-                preempted = True
+                schedule.preempted.append(victim)
                 if victim is sequence:
                     break
             if sequence.state is State.RUNNING:
                 chunks[sequence.id] = Chunk(sequence, take)
                 budget -= take
-        receive: list[Sequence] = []
-        if not preempted:
-            budget = self._admit(chunks, receive, budget)
-        return Schedule(list(chunks.values()), receive)
+        if not schedule.preempted:
+            self._admit(chunks, schedule, budget)
+        schedule.chunks.extend(chunks.values())
+        return schedule
 
-    def _admit(self, chunks: dict[str, Chunk], receive: list[Sequence], budget: int) -> int:
-        while self.waiting and budget and len(self.running) + len(self.receiving) < self.max_sequences:
-            sequence = self.waiting[0]
+    def _admit(self, chunks: dict[str, Chunk], schedule: Schedule, budget: int) -> None:
+        while budget and len(self.running) + len(self.receiving) < self.max_sequences:
+            sequence = next((s for s in self.waiting if not s.locating), None)
+            if sequence is None:
+                break
             hits = self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // self.block_size])
+            choice = NOTHING if sequence.handoff is not None else self.choose(sequence, len(hits))
             computed = len(hits) * self.block_size
-            arriving = sequence.handoff is not None
-            # a handoff needs room for all of it at once; a prefill only for its first chunk
-            take = len(sequence.tokens) - computed if arriving else min(len(sequence.tokens) - computed, budget)
-            needed = self._blocks(computed + take)
-            blocks = self.pool.allocate(needed - len(hits)) if self._room(needed - len(hits)) else None
+            upto = self._upto(sequence, choice, computed, budget)
+            missing = self._blocks(upto) - len(hits)
+            blocks = self.pool.allocate(missing) if self._room(missing) else None
             if blocks is None:
                 self.pool.free(hits)
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             sequence.block_table = hits + blocks
             sequence.computed = computed
             sequence.registered = len(hits)
             if not sequence.preempted:
                 sequence.cached = computed
-            if arriving:
+            if sequence.handoff is not None or choice.sources:
                 sequence.state = State.RECEIVING
                 self.receiving[sequence.id] = sequence
-                receive.append(sequence)
+                if sequence.handoff is not None:
+                    schedule.receive.append(sequence)
+                else:
+                    schedule.admitted.append((sequence, choice))
                 continue
+            schedule.admitted.append((sequence, choice))
             sequence.state = State.RUNNING
             self.running.append(sequence)
-            chunks[sequence.id] = Chunk(sequence, take)
-            budget -= take
-        return budget
+            chunks[sequence.id] = Chunk(sequence, upto - computed)
+            budget -= upto - computed
+
+    def _upto(self, sequence: Sequence, choice: Choice, computed: int, budget: int) -> int:
+        """Tokens that need room at once: what arrives needs all of its own, a prefill only its first chunk's."""
+        if sequence.handoff is not None:
+            return len(sequence.tokens)
+        if choice.sources:
+            return choice.sources[-1].stop * self.block_size
+        return min(len(sequence.tokens), computed + budget)
 
     def _room(self, blocks: int) -> bool:
         """Admit only while every running sequence could still grow by a block, or preemption would follow at once."""
@@ -111,16 +130,17 @@ class Scheduler:
         sequence.preempted += 1
         self.preemptions += 1
         sequence.state = State.WAITING
+        sequence.locating = True
         self.waiting.appendleft(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back; those with a hash stay hit-able until evicted."""
         self.pool.free(sequence.block_table)
         sequence.block_table = []
-        sequence.computed = sequence.registered = 0
+        sequence.computed = sequence.registered = sequence.offered = 0
 
     def received(self, sequence: Sequence, computed: int) -> None:
-        """A handoff has ended: whatever arrived counts as computed, the rest is ordinary prefill."""
+        """A handoff or a fetch has ended: whatever arrived counts as computed, the rest is ordinary prefill."""
         del self.receiving[sequence.id]
         sequence.handoff = None
         sequence.computed = computed

@@ -1,9 +1,10 @@
 """The noun that travels through an engine: one generation, its tokens and its blocks.
 
 waiting ──► running ──► finished          `computed` counts tokens whose KV is in this worker's blocks.
-   ▲  ▲        │                          A step computes `take` of the gap len(tokens) - computed; when the gap
-   │  └────────┘ preempted                closes, the runner's token is appended and the gap is one again:
-receiving (a handoff is arriving)         prefill, decode, prefix hit and resume are the same thing.
+ │   ▲         │ ▲                        A step computes `take` of the gap len(tokens) - computed; when the gap
+ │   └─────────┘ │ preempted              closes, the runner's token is appended and the gap is one again:
+ └─► receiving ──┘                         prefill, decode, prefix hit and resume are the same thing.
+     (blocks arrive: a handoff's, or what stores have)
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from cluster.messages import Generation, Handoff
+from cluster.store_messages import BlockKey
+from kvstore.fetcher import Source
+from kvstore.hashing import block_keys
 
 
 class State(Enum):
@@ -34,12 +38,16 @@ class Sequence:
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)  # prompt, then output
     computed: int = 0
-    cached: int = 0  # tokens hit in this worker's own blocks when first scheduled
+    cached: int = 0  # tokens that did not have to be computed when first scheduled: on the device, or fetched
     block_table: list[int] = field(default_factory=list)  # position // block_size -> block id
     hashes: list[bytes] = field(default_factory=list)  # chain hashes of the full blocks, as far as known
     registered: int = 0  # leading blocks that prefix hits can already use
     emitted: int = 0  # tokens this worker delivered
     sent: int = 0  # blocks announced to the handoff writer
+    locating: bool = False  # stores are being asked what they have of it; it is not admitted meanwhile
+    sources: list[Source] = field(default_factory=list)  # what they answered
+    repeated: int = 0  # leading blocks of the prompt that this worker was asked for before
+    offered: int = 0  # leading blocks that were offered to the store, outside handoffs
     preempted: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +65,10 @@ class Sequence:
     def new_tokens(self) -> int:
         """Tokens generated so far, over all attempts."""
         return len(self.tokens) - self.prompt_length
+
+    def keys(self, start: int, stop: int, block_size: int) -> list[BlockKey]:
+        """Names of its full blocks start..stop, with what they are made of. Their hashes must be known."""
+        return block_keys(self.hashes, self.root, self.tokens, block_size, start, stop)
 
     @property
     def gap(self) -> int:

@@ -1,8 +1,8 @@
 """A worker: one engine on a thread of its own, and the asyncio side that feeds it and acts on what it returns.
 
     gRPC Submit/Abort ──► inbox ──► engine thread: apply events, step ──► act (event loop): StepOutput frames to
-                            ▲                                               │ routers, blocks to the store
-                            └── sent / received ◄── transfer tasks ◄────────┘
+                            ▲                                               │ routers, blocks to and from stores
+                            └── sent / received / fetched / ... ◄── tasks ◄─┘
 
 One way round, no callbacks into the engine. A router's output stream is its lease on its jobs: when it breaks, they
 are aborted. An engine that raises is a bug: the process ends, Ray starts a new one and routers re-place the requests.
@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 from cluster.config import Config
-from cluster.errors import InvalidRequest, Overloaded, StoreError, TandemError, Unavailable
+from cluster.errors import InvalidRequest, Overloaded, TandemError, Unavailable
 from cluster.identity import Identity
 from cluster.membership import Membership
 from cluster.messages import (
@@ -46,10 +46,11 @@ from cluster.messages import (
 )
 from cluster.rpc import Server
 from kvstore.hashing import ModelKey, extend
-from workers.engine import Engine, Step
-from workers.handoffs import Handoffs
+from workers.engine import Engine
 from workers.runner import Runner
 from workers.sequence import Sequence
+from workers.step import Step
+from workers.transfers import Transfers
 
 HEARTBEAT_S = 1.0  # an idle output stream says so this often
 REGISTER_S = 2.0  # membership expires after five missed registrations
@@ -88,8 +89,8 @@ class Worker:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._membership = Membership(settings.identity.redis_url)
-        self._handoffs = Handoffs(settings.id, runner, config, settings.identity.secret)
-        self._load = self._engine.load(self._role, 0, 0.0, 0)
+        self._transfers = Transfers(settings.id, self._engine, settings.identity, config, self._post)
+        self._load = self._engine.load(self._role)
         self._tasks: list[asyncio.Task[None]] = []
         self._server = Server(
             settings.identity.secret,
@@ -113,7 +114,10 @@ class Worker:
             block_size=self._settings.config.block_size,
         )
         self._thread.start()
-        self._tasks = [asyncio.create_task(self._register()), asyncio.create_task(self._find_store())]
+        work = [self._register(), *self._transfers.work(self._info.node)]
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
+        for task in self._tasks:
+            task.add_done_callback(_must_not_fail)
         return self._info
 
     async def stop(self) -> None:
@@ -125,7 +129,7 @@ class Worker:
         self._stopping.set()
         self._post(lambda: None)
         await asyncio.to_thread(self._thread.join, 10.0)
-        await self._handoffs.close()
+        await self._transfers.close()
         try:
             await self._membership.unregister(self._info)
         except Unavailable:
@@ -143,8 +147,7 @@ class Worker:
                 self._apply(wait=computed == 0)
                 step = self._engine.step(time.monotonic())
                 computed = step.computed
-                stats = self._handoffs.stats
-                load = self._engine.load(self._role, stats.bytes, stats.seconds, stats.failures)
+                load = self._transfers.counters.fill(self._engine.load(self._role))
                 self._loop.call_soon_threadsafe(self._act, step, load)
         except Exception:  # the actor's outermost loop: crash, be restarted
             log.exception("the engine failed; this worker ends and its requests go elsewhere")
@@ -168,22 +171,7 @@ class Worker:
         for key, frame_queue in self._routers.values():
             if outputs := frames.get(key):
                 frame_queue.put_nowait(StepOutput(tuple(outputs), load))
-        for send in step.sends:
-            self._handoffs.send(send, self._sent)
-        for transfer_id in step.revoked:
-            self._handoffs.revoke(transfer_id)
-        for sequence in step.receives:
-            self._handoffs.receive(sequence, self._received)
-        for sequence_id in step.dropped:
-            self._handoffs.drop(sequence_id)
-        for handoff in step.unclaimed:
-            self._handoffs.release(handoff)
-
-    def _sent(self, block_ids: list[int]) -> None:
-        self._post(partial(self._engine.sent, block_ids))
-
-    def _received(self, sequence: Sequence, valid_blocks: int, first_token: int | None) -> None:
-        self._post(partial(self._engine.received, sequence, valid_blocks, first_token))
+        self._transfers.act(step)
 
     # -------------------------------------------------------------------------------------------------------- calls
     async def _submit(self, message: Submit, _: Any) -> Accepted | Refused:
@@ -215,7 +203,9 @@ class Worker:
                 handoff = await self._reserve(sequence)
             case DecodeJob(handoff=source) if source is not None:
                 sequence.handoff = source
-                self._handoffs.expect(sequence)
+                self._transfers.handoffs.expect(sequence)
+        if sequence.handoff is None:
+            self._transfers.locate(sequence)
         self._post(partial(self._engine.add, sequence))
         return handoff
 
@@ -224,19 +214,19 @@ class Worker:
         sequence.transfer_id = sequence.id
         self._accepting.add(sequence.id)
         try:
-            handoff = await self._handoffs.reserve(sequence)
+            handoff = await self._transfers.handoffs.reserve(sequence)
             connected = sequence.router_id in (key for key, _ in self._routers.values())
             still_wanted = connected and sequence.id in self._accepting
         finally:
             self._accepting.discard(sequence.id)
         if not still_wanted:
-            self._handoffs.revoke(sequence.transfer_id)
+            self._transfers.handoffs.revoke(sequence.transfer_id)
             raise Unavailable("aborted before it was accepted")
         return handoff
 
     async def _abort(self, message: Abort, _: Any) -> Ack:
         self._accepting.difference_update(message.ids)
-        self._handoffs.abandon(message.ids)
+        self._transfers.handoffs.abandon(message.ids)
         self._post(partial(self._engine.abort, list(message.ids)))
         return Ack()
 
@@ -276,14 +266,9 @@ class Worker:
                 log.warning("not registered, serving on: %s", error.message)
             await asyncio.sleep(REGISTER_S)
 
-    async def _find_store(self) -> None:
-        """Keep a connection to this node's store; a store that restarts comes back under another address or epoch."""
-        while True:
-            try:
-                _, stores = await self._membership.members(self._settings.identity.namespace)
-                near = [store for store in stores if store.node == self._info.node]
-                if near:
-                    await self._handoffs.connect(near[0].address)
-            except (Unavailable, StoreError) as error:
-                log.warning("the block store is out of reach, prefills are refused until it is back: %s", error.message)
-            await asyncio.sleep(REGISTER_S if self._handoffs.connected else REGISTER_S / 10)
+
+def _must_not_fail(task: asyncio.Task[None]) -> None:
+    """Without one of its background tasks a worker would go on and lose blocks, or its place in the cluster."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s failed; this worker ends and its requests go elsewhere", task.get_name(), exc_info=error)
+        os._exit(70)

@@ -51,13 +51,17 @@ def show(figures: list[Figure], console: Console) -> None:
         table.add_row(
             f.section,
             f.name,
-            f"{f.value:,.1f}",
+            _short(f.value),
             f.unit,
-            f"{f.roofline:,.1f}" if f.roofline else "",
+            _short(f.roofline) if f.roofline else "",
             f"{f.fraction:.2f}" if f.fraction else "",
             f"{f.spread:.0%}" if f.spread else "",
         )
     console.print(table)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def write(figures: list[Figure], path: Path) -> None:

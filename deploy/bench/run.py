@@ -8,23 +8,31 @@ import torch
 from rich.console import Console
 
 from cluster.config import Config
-from deploy.bench import engine, machine, serve
+from cluster.errors import StartupError
+from deploy.bench import engine, machine, serve, store
 from deploy.bench.report import show, write
 
-SECTIONS = ("engine", "serve")
+SECTIONS = ("engine", "serve", "store")
+NEED_A_MODEL = {"engine", "serve"}
 
 
-def run(model: Path, config: Config, sections: list[str], out: Path | None, console: Console) -> None:
-    """`config` is resolved for one aggregated worker, so that the engine section uses every core."""
+def run(model: Path | None, config: Config, sections: list[str], out: Path | None, console: Console) -> None:
+    """`config` is resolved for one aggregated worker, so that the engine section uses every core. `model` may be None
+    when no section needs one. Raises StartupError."""
+    if model is None and NEED_A_MODEL & set(sections):
+        raise StartupError(f"the sections {', '.join(sorted(NEED_A_MODEL))} need a model")
     torch.set_num_threads(config.threads)
     console.print("measuring the machine", style="dim")
     limits, figures = machine.measure(getattr(torch, config.dtype))
-    if "engine" in sections:
+    if model is not None and "engine" in sections:
         console.print("measuring the engine", style="dim")
         figures += engine.measure(model, config, limits)
-    if "serve" in sections:
+    if model is not None and "serve" in sections:
         console.print("measuring a served, disaggregated deployment", style="dim")
         figures += serve.measure(model, config, limits)
+    if "store" in sections:
+        console.print("measuring the block store", style="dim")
+        figures += store.measure()
     show(figures, console)
     if out is not None:
         write(figures, out)

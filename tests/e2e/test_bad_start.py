@@ -63,6 +63,21 @@ def test_a_taken_port(tiny: Path) -> None:
     assert "--port" in message
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "word"),
+    [
+        ("TANDEM_SECRET", "hunter2", "16 characters"),
+        ("TANDEM_REDIS_URL", "redis://u:pass/hunter2@127.0.0.1:1", "correct redis_url"),
+        ("TANDEM_DISK", "/proc/kv", "correct `disk`"),
+        ("TANDEM_DISK_MEMORY", str(2**60), "lower disk_memory"),
+    ],
+)
+def test_a_setting_of_the_tier_that_cannot_be(tiny: Path, tmp_path: Path, variable: str, value: str, word: str) -> None:
+    message = fails(str(tiny), "--port", "0", **{"TANDEM_DISK": str(tmp_path), variable: value})
+    assert word in message
+    assert "hunter2" not in message
+
+
 def test_a_redis_that_does_not_answer(tiny: Path) -> None:
     message = fails(str(tiny), "--port", "0", "--redis-url", "redis://:hunter2@127.0.0.1:1/0")
     assert "127.0.0.1:1" in message

@@ -4,83 +4,9 @@ import math
 
 import pytest
 
-from cluster.messages import Generation, Handoff, JobFailed, Sampling, TokenOutput
-from workers.engine import Engine, Send, Step
+from cluster.messages import Generation, Handoff, Sampling
+from tests.workers.engine_run import BLOCK, Run, alone, assert_no_leak, engine, prompt, sequence
 from workers.sequence import Sequence
-from workers.sim import SimRunner, sim_layout
-
-BLOCK = 4
-VOCAB = 50_000
-
-
-def engine(num_blocks: int = 256, token_budget: int = 64, max_sequences: int = 32) -> Engine:
-    runner = SimRunner(sim_layout(BLOCK), num_blocks, VOCAB)
-    return Engine(
-        runner, token_budget=token_budget, max_sequences=max_sequences, max_context=min(512, num_blocks * BLOCK)
-    )
-
-
-def sequence(name: str, prompt: list[int], new: int = 8, **changes: object) -> Sequence:
-    generation = Generation(name, tuple(prompt), (), Sampling(max_tokens=new, temperature=0), b"", 60_000)
-    return Sequence(generation, router_id="router", root=b"root", deadline=math.inf, **changes)  # type: ignore[arg-type]
-
-
-def prompt(length: int, seed: int = 1) -> list[int]:
-    return [(seed * 7919 + i * 104729) % VOCAB for i in range(length)]
-
-
-class Run:
-    """Steps an engine until it is quiet, keeping what comes out and acting as the transfer side."""
-
-    def __init__(self, target: Engine) -> None:
-        self.engine = target
-        self.tokens: dict[str, list[int]] = {}
-        self.finish: dict[str, str | None] = {}
-        self.cached: dict[str, int] = {}
-        self.failed: dict[str, str] = {}
-        self.sends: list[Send] = []
-        self.receives: list[Sequence] = []
-        self.revoked: list[str] = []
-        self.now = 0.0
-
-    def step(self) -> Step:
-        step = self.engine.step(self.now)
-        for _, output in step.outputs:
-            match output:
-                case TokenOutput():
-                    tokens = self.tokens.setdefault(output.id, [])
-                    assert output.start == len(tokens)
-                    tokens += output.tokens
-                    self.finish[output.id] = output.finish
-                    self.cached[output.id] = output.cached_tokens
-                case JobFailed():
-                    self.failed[output.id] = output.code
-        self.sends += step.sends
-        self.receives += step.receives
-        self.revoked += step.revoked
-        self.engine.pool.check()
-        return step
-
-    def finish_all(self) -> "Run":
-        for _ in range(5_000):
-            step = self.step()
-            for send in step.sends:
-                self.engine.sent([block for _, block in send.blocks])
-            if not step.computed and not step.outputs:
-                return self
-        raise AssertionError("the engine does not come to rest")
-
-
-def alone(prompt_tokens: list[int], new: int = 8) -> list[int]:
-    run = Run(engine(token_budget=10_000))
-    run.engine.add(sequence("x", prompt_tokens, new))
-    return run.finish_all().tokens["x"]
-
-
-def assert_no_leak(target: Engine) -> None:
-    target.pool.check()
-    assert target.pool.free_count == target.pool.total
-    assert not target.sequences
 
 
 def test_the_sim_depends_on_every_token_and_its_place() -> None:
