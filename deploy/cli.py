@@ -122,7 +122,7 @@ def status(url: Annotated[str, typer.Option(help="a running deployment")] = "htt
 def bench(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    sections: Annotated[str, typer.Option(help="comma-separated: engine, serve")] = "engine,serve",
+    sections: Annotated[str, typer.Option(help="comma-separated: engine, serve, store, tier")] = "engine,serve,store",
     out: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """Measure this machine's limits and Tandem against them, in one run."""
@@ -135,12 +135,13 @@ def bench(
 def _bench(model: str, dtype: str, sections: list[str], out: Path | None) -> None:
     config = resolved(load(None, {}, {"model": model, "dtype": dtype, "prefill": 0}))
     os.environ["OMP_NUM_THREADS"] = str(config.threads)  # before torch is imported
-    from deploy.bench.run import SECTIONS, run
+    from deploy.bench.run import NEED_A_MODEL, SECTIONS, run
     from deploy.models import resolve
 
     if unknown := set(sections) - set(SECTIONS):
         raise StartupError(f"unknown section {unknown.pop()!r}; there are {', '.join(SECTIONS)}")
-    run(resolve(config.model, lambda _: None).directory, config, sections, out, console)
+    directory = resolve(config.model, lambda _: None).directory if NEED_A_MODEL & set(sections) else None
+    run(directory, config, sections, out, console)
 
 
 def _workers(state: dict[str, Any]) -> Table:

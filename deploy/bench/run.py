@@ -9,11 +9,11 @@ from rich.console import Console
 
 from cluster.config import Config
 from cluster.errors import StartupError
-from deploy.bench import engine, machine, serve, store
+from deploy.bench import engine, machine, serve, store, tier
 from deploy.bench.report import show, write
 
-SECTIONS = ("engine", "serve", "store")
-NEED_A_MODEL = {"engine", "serve"}
+SECTIONS = ("engine", "serve", "store", "tier")
+NEED_A_MODEL = {"engine", "serve", "tier"}
 
 
 def run(model: Path | None, config: Config, sections: list[str], out: Path | None, console: Console) -> None:
@@ -33,6 +33,9 @@ def run(model: Path | None, config: Config, sections: list[str], out: Path | Non
     if "store" in sections:
         console.print("measuring the block store", style="dim")
         figures += store.measure()
+    if model is not None and "tier" in sections:
+        console.print("measuring what a prompt costs whose worker was killed", style="dim")
+        figures += tier.measure(model, config)
     show(figures, console)
     if out is not None:
         write(figures, out)

@@ -12,13 +12,11 @@ import socket
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import redis
 
 from cluster.errors import StartupError
 from cluster.messages import Handoff
-from deploy.bench.peers import CHUNK, NAMESPACE, SECRET, Peer, send, serve, write
+from deploy.bench.peers import CHUNK, NAMESPACE, SECRET, Peer, blocks, send, serve, write
 from deploy.bench.report import Figure, median
 from kvstore.connections import Connections
 from kvstore.fetcher import BlockFetcher, Source
@@ -103,8 +101,8 @@ class _Worker:
     def __init__(self, layout: Layout, count: int, writer: Peer, store: Peer) -> None:
         self._tokens = count * layout.tokens
         self._writer, self._store = writer, store
-        self._cache: npt.NDArray[np.uint8] = np.ones((count, layout.block_bytes), np.uint8)
-        self._other = np.ones_like(self._cache)
+        self._cache = blocks(layout, count)
+        self._other = blocks(layout, count)
         self._near = Connections(SECRET, layout)
         self._far = Connections(SECRET, layout, force_inline=True)
         self._reader = HandoffReader(self._near)

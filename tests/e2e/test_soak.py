@@ -51,7 +51,7 @@ class Oracle:
             sequence = Sequence(generation, "oracle", root=bytes(32), deadline=float("inf"))
             engine.add(sequence)
             while engine.sequences:
-                engine.step(0.0)
+                engine.offloaded(engine.step(0.0).offloads)
             return sequence.tokens[len(prompt) :]
 
 
