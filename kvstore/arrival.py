@@ -18,7 +18,7 @@ from cluster.errors import Corrupt, Expired, ProtocolError, StoreError, TandemEr
 from cluster.store_messages import Fetch, Follow, FollowEnd, Fragment, Fragments
 from kvstore.arena import Arena
 from kvstore.client import StoreClient
-from kvstore.copying import Block, checksums, in_thread
+from kvstore.copying import Block, copy, in_thread
 from kvstore.layout import Layout
 
 MESSAGES_AHEAD = 16  # buffered while a copy runs: at most 16 MiB of frames
@@ -35,6 +35,7 @@ class Arrival:
         self._start = start
         self._write_block = write_block
         self._offset = 0  # bytes of the block at `position` that came inline so far
+        self._checksums = b""  # of its cells that came
 
     @property
     def received_bytes(self) -> int:
@@ -69,12 +70,15 @@ class Arrival:
         end = self._offset + len(fragment.data)
         if end > len(block) or fragment.last != (end == len(block)):
             raise ProtocolError(f"block {self.position} has {end} bytes of {len(block)}")
-        block[self._offset : end] = np.frombuffer(fragment.data, np.uint8)
-        self._offset = 0 if fragment.last else end
+        if len(fragment.data) % self._layout.cell_bytes:
+            raise ProtocolError(f"block {self.position} came in pieces that are no whole cells")
+        self._checksums += copy(block[self._offset : end], np.frombuffer(fragment.data, np.uint8), self._layout)
+        self._offset = end
         if fragment.last:
-            if checksums(block, self._layout) != fragment.checksums:
+            if self._checksums != fragment.checksums:
                 raise Corrupt(f"block {self.position} does not match its checksums")
             self.position += 1
+            self._offset, self._checksums = 0, b""
 
     def end(self, message: FollowEnd) -> int | None:
         """The first token after a whole transfer. Raises why it is not whole."""

@@ -25,7 +25,7 @@ class BlockVerbs:
         self.unary: dict[str, Unary] = {"Find": self._find}
         self.streams: dict[str, Stream] = {"Fetch": self._fetch}
         self._tiers = tiers
-        self._tokens = layout.tokens  # of every block that has a hash
+        self._layout = layout
         self._promotions: set[asyncio.Task[None]] = set()  # still reading for streams that have ended
 
     async def close(self, timeout_s: float) -> None:
@@ -54,8 +54,8 @@ class BlockVerbs:
         context.add_done_callback(lambda _: self._release(chain))
         position = 0
         while ready := await chain.ready(position):
-            blocks = [(position + i, self._tokens, entry) for i, entry in enumerate(ready)]
-            for frame in frames(self._tiers.arena, blocks, message.inline):
+            blocks = [(position + i, self._layout.tokens, entry) for i, entry in enumerate(ready)]
+            for frame in frames(self._tiers.arena, self._layout, blocks, message.inline):
                 yield frame
             position += len(ready)
             self.fetched += len(ready)

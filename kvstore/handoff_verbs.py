@@ -139,7 +139,7 @@ class HandoffVerbs:
         while True:
             news.clear()
             ready = transfer.ready(position)
-            for frame in frames(self._arena, ready, message.inline):
+            for frame in frames(self._arena, self._layout, ready, message.inline):
                 yield frame
             position += len(ready)
             if ready:

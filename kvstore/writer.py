@@ -18,7 +18,7 @@ from cluster.messages import Ack, Handoff
 from cluster.store_messages import BlockKey, Finish, Release, Reserve, Reserved, Revoke, Seal, Sealed, Session, Slab
 from kvstore.arena import Arena
 from kvstore.client import CALL_S, StoreClient
-from kvstore.copying import Block, checksums, in_thread
+from kvstore.copying import Block, copy, in_thread
 from kvstore.layout import Layout
 from kvstore.presence import Presence
 
@@ -157,10 +157,10 @@ class HandoffWriter:
         sealing: asyncio.Task[Any] | None = None
         try:
             for first in range(0, len(todo), step):
-                copy = asyncio.create_task(in_thread(partial(self._copy, arena, todo[first : first + step])))
-                self._copies.add(copy)
-                copy.add_done_callback(self._copies.discard)
-                sealed = await copy
+                task = asyncio.create_task(in_thread(partial(self._copy, arena, todo[first : first + step])))
+                self._copies.add(task)
+                task.add_done_callback(self._copies.discard)
+                sealed = await task
                 if sealing is not None:
                     await sealing
                 sealing = asyncio.create_task(self._client.call("Seal", Seal(transfer_id, sealed)))
@@ -190,9 +190,7 @@ class HandoffWriter:
     def _copy(self, arena: Arena, todo: Sequence[tuple[int, int, int]]) -> tuple[Sealed, ...]:
         sealed = []
         for position, block_id, index in todo:
-            block = self._read_block(block_id)
-            arena.slab(index)[:] = block
-            sealed.append(Sealed(position, checksums(block, self._layout)))
+            sealed.append(Sealed(position, copy(arena.slab(index), self._read_block(block_id), self._layout)))
         return tuple(sealed)
 
     async def _watch(self, acks: AsyncIterator[Ack]) -> None:

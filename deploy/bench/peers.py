@@ -30,7 +30,7 @@ from kvstore.writer import HandoffWriter
 SECRET = "bench"
 NAMESPACE = "bench"
 ANSWER_S = 120.0
-SEND_TOKENS = 512  # in one `send`: a chunk of a prefill
+SEND_BYTES = 2**26  # in one `send`: what a chunk of 512 tokens of an 8B model has
 HOLD_MS = 60_000
 CHUNK = 2**20
 
@@ -96,7 +96,7 @@ def serve(pipe: Connection, layout: Layout, memory: int, redis_url: str) -> None
 def write(pipe: Connection, layout: Layout, count: int, address: str) -> None:
     """Answers (transfer id, hashes) with the Handoff of a new transfer, and then with the seconds of writing it all."""
     cache = blocks(layout, count)
-    step = max(1, SEND_TOKENS // layout.tokens)
+    step = max(1, SEND_BYTES // layout.block_bytes)
 
     async def main() -> None:
         writer = HandoffWriter(StoreClient(address, SECRET, "bench", layout), layout, lambda block: cache[block])
