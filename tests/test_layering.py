@@ -90,3 +90,26 @@ def test_files_stay_small() -> None:
         if (n := len(p.read_text().splitlines())) > 300
     }
     assert long == {}
+
+
+WALL_CLOCK = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow"}
+# what people and other programs read, a worker's incarnation, and files' times, of which only the order is used
+TELLS_THE_TIME = {
+    "router/app.py",
+    "router/operations.py",
+    "router/text.py",
+    "workers/worker.py",
+    "kvstore/chain.py",
+}
+
+
+def test_nothing_is_decided_by_the_wall_clock() -> None:
+    """It jumps; every duration and deadline is of the monotonic one."""
+    users = {
+        str(p.relative_to(ROOT))
+        for package in MAY_IMPORT
+        for p in files(package)
+        for node in ast.walk(ast.parse(p.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in WALL_CLOCK
+    }
+    assert users == TELLS_THE_TIME
