@@ -102,7 +102,8 @@ class Publisher:
     async def _publish_until(self, deadline: float) -> None:
         while (left := deadline - time.monotonic()) > 0:
             try:
-                await asyncio.wait_for(self._wake.wait(), left)
+                async with asyncio.timeout(left):  # `wait_for` of Python 3.11 can lose a cancellation
+                    await self._wake.wait()
             except TimeoutError:
                 return
             await asyncio.sleep(BATCH_S)
