@@ -1,6 +1,7 @@
 # make serve   serve the demo model on http://127.0.0.1:8000
 # make test    lint, types and tests: what CI runs
 # make bench   measure this machine and Tandem on it
+# make soak    5,000 requests with faults: minutes
 # Every target makes the virtual environment itself when pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +24,9 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(VENV)/bin/tandem bench $(ARGS)
 
+soak: $(STAMP)
+	SOAK_REQUESTS=5000 $(VENV)/bin/python -m pytest tests/e2e/test_soak.py $(ARGS)
+
 # torch first and by itself: its pinned CPU build must be in place before anything asks for "any torch"
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,4 +34,4 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: serve test lint types bench
+.PHONY: serve test lint types bench soak
