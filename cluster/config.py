@@ -64,6 +64,9 @@ class Config(pydantic.BaseModel):
     stores: int = Field(1, ge=1, le=64, description="block stores per node, which share `store_memory`")
     disk: str = Field("", description="folder of the disk tier on every node; empty: there is none")
     disk_memory: int = Field(8 * 1024 * MIB, ge=MIB, description="size of the disk tier of a node")
+    kv_quantization: Literal["none", "int8"] = Field(
+        "none", description="KV that stores keep beyond handoffs; int8 is approximate"
+    )
     tenant_share: float = Field(1.0, gt=0, le=1, description="part of a store that one tenant's cached blocks may fill")
     secret: str = Field("", repr=False, description="shared by the cluster; empty: random, kept beside a disk tier")
     redis_url: str = Field(
@@ -91,6 +94,12 @@ class Config(pydantic.BaseModel):
     def _own_operator_key(self) -> Self:
         if self.operator_key and self.operator_key in self.api_keys:
             raise ValueError("operator_key: is one of api_keys too; give operators a key that no tenant has")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _numbers_to_quantize(self) -> Self:
+        if self.kv_quantization != "none" and self.runner == "sim":
+            raise ValueError("kv_quantization: the sim runner's KV is token ids, which have no approximation; use none")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +13,8 @@ class Identity:
     redis_url: str = field(repr=False)  # may hold a password
     secret: str = field(repr=False)
     host: str  # address that internal servers bind; empty: the node's own
+
+    @property
+    def approximate(self) -> Identity:
+        """The same where stores of approximate KV are found: apart from those of exact KV, in Redis and on disk."""
+        return replace(self, namespace=f"{self.namespace}-approximate")

@@ -45,6 +45,7 @@ class Generation:
     salt: bytes  # HMAC of tenant and cache_salt under the cluster secret: part of every block hash
     deadline_ms: int
     tenant: str = ""  # opaque tag of the tenant: the unit of quotas in the stores
+    exact: bool = True  # False: KV that is only close to the right one will do, where the deployment keeps such
 
 
 @dataclass(frozen=True, slots=True)

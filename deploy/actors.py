@@ -25,8 +25,10 @@ from kvstore.layout import Layout
 from kvstore.server import StoreServer
 from workers.architecture import load_architecture
 from workers.model_runner import ModelRunner
+from workers.quantization import Int8Codec
 from workers.runner import Runner
 from workers.sim import SimRunner, Timings, sim_layout
+from workers.stored_blocks import EncodedBlocks
 from workers.worker import Worker, WorkerSettings
 
 STOP_S = 15.0
@@ -86,11 +88,16 @@ class WorkerActor(Actor):
     def __init__(self, settings: WorkerSettings, model: Path) -> None:
         self._progress = 0.0
         settings = dataclasses.replace(settings, identity=_here(settings.identity))
-        super().__init__(lambda: Worker(self._runner(settings, model), settings))
+        super().__init__(lambda: self._worker(settings, model))
 
     def progress(self) -> float:
         """How much of the weights is loaded, 0..1."""
         return self._progress
+
+    def _worker(self, settings: WorkerSettings, model: Path) -> Worker:
+        runner = self._runner(settings, model)
+        quantized = settings.config.kv_quantization == "int8"
+        return Worker(runner, settings, EncodedBlocks(runner, Int8Codec(runner.layout)) if quantized else None)
 
     def _runner(self, settings: WorkerSettings, model: Path) -> Runner:
         config = settings.config

@@ -2,6 +2,7 @@
 
     <disk>/secret    shared by everything that reads these blocks: a restart with another one would not find them
     <disk>/0, /1...  one folder per block store of a node, in the layout of kvstore/disk.py
+    <disk>/int8-0... the same for the stores of approximate KV
 
 Checked on the machine that starts the deployment; on other nodes the stores check for themselves.
 """
@@ -44,9 +45,9 @@ def folder(config: Config) -> Path | None:
     return path
 
 
-def store_folder(disk: Path | None, index: int) -> Path | None:
+def store_folder(disk: Path | None, index: int, kind: str = "") -> Path | None:
     """Where the store of that index on its node keeps its blocks: the same after every restart."""
-    return disk / str(index) if disk is not None else None
+    return disk / f"{kind}{index}" if disk is not None else None
 
 
 def cluster_secret(config: Config, disk: Path | None) -> str:

@@ -35,6 +35,7 @@ from deploy import disk_tier, front_door
 from deploy.actors import StoreActor, WorkerActor
 from deploy.environment import LOOPBACK, starts_ray
 from deploy.models import ResolvedModel
+from deploy.store_sets import StoreSet, store_sets
 from kvstore.hashing import ModelKey
 from kvstore.layout import Layout
 from kvstore.redis_server import EmbeddedRedis, ping
@@ -110,8 +111,9 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         namespace = hashlib.sha256(f"{key.namespace}/{secret}".encode()).hexdigest()[:16]
         identity = Identity(namespace, redis_url, secret, LOOPBACK if starts_ray() else "")
         layout = block_layout(config, architecture)
+        sets = store_sets(config, layout, identity, disk)
         places = [(node["NodeID"], index) for node in nodes for index in range(config.stores)]
-        stores = [_store(stack, config, node_id, index, layout, identity, disk) for node_id, index in places]
+        stores = [_store(stack, config, *place, kind) for place in places for kind in sets]
         workers = []
         for role, count in _roles(config):
             for index in range(count):
@@ -133,6 +135,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
             vocab_size=architecture.vocab_size,
             eos_token_ids=architecture.eos_token_ids,
             model_key=key,
+            store_namespaces=tuple(kind.identity.namespace for kind in sets),
         )
         report("starting the router", 0.0)
         serve.run(front_door.application(config, settings), name="tandem", route_prefix="/")
@@ -206,23 +209,14 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(pending[0])
 
 
-def _store(
-    stack: contextlib.ExitStack,
-    config: Config,
-    node_id: str,
-    index: int,
-    layout: Layout,
-    identity: Identity,
-    disk: Path | None,
-) -> Any:
+def _store(stack: contextlib.ExitStack, config: Config, node_id: str, index: int, kind: StoreSet) -> Any:
     """One of that node's block stores, with its part of the node's memory and disk."""
-    name, own_disk = f"store-{node_id[:8]}-{index}", disk_tier.store_folder(disk, index)
-    memory, disk_memory = config.store_memory // config.stores, config.disk_memory // config.stores
+    name, disk = f"{kind.name}-{node_id[:8]}-{index}", kind.disk_folders[index]
     on_that_node = NodeAffinitySchedulingStrategy(node_id, soft=False)  # soft affinity could move it
     actor = (
         ray.remote(StoreActor)
         .options(num_cpus=0, max_restarts=-1, max_concurrency=4, scheduling_strategy=on_that_node)
-        .remote(name, layout, memory, identity, own_disk, disk_memory, config.tenant_share)
+        .remote(name, kind.layout, kind.memory, kind.identity, disk, kind.disk_memory, config.tenant_share)
     )
     stack.callback(_stop_actor, actor)
     return actor

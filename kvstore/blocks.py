@@ -20,10 +20,11 @@ from cluster.store_messages import BlockKey
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """What a full block is called, and for whom it was computed."""
+    """What a full block is called, for whom it was computed, and which stores may have it."""
 
     key: BlockKey
     tenant: str
+    exact: bool = True
 
 
 class BlockPool:
@@ -104,11 +105,11 @@ class BlockPool:
                 if oldest:
                     order.move_to_end(block, last=False)
 
-    def register(self, block_id: int, key: BlockKey, tenant: str) -> None:
+    def register(self, block_id: int, key: BlockKey, tenant: str, exact: bool = True) -> None:
         """A referenced block is full and can be hit by its hash, unless another block has that hash already."""
         assert self._references[block_id] > 0, f"block {block_id} is registered after it was freed"
         if self._name[block_id] is None and key.hash not in self._by_hash:
-            self._name[block_id] = Name(key, tenant)
+            self._name[block_id] = Name(key, tenant, exact)
             self._by_hash[key.hash] = block_id
 
     # ------------------------------------------------------------------------------------------------------- stores

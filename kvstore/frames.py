@@ -17,9 +17,7 @@ MAPPED_BYTES = 16 * 2**20  # named in one message: what a reader then copies in 
 MAPPED_BLOCKS = 64
 
 
-def frames(
-    arena: Arena, layout: Layout, blocks: Iterable[tuple[int, int, Entry]], inline: bool
-) -> Iterator[Fragments]:
+def frames(arena: Arena, layout: Layout, blocks: Iterable[tuple[int, int, Entry]], inline: bool) -> Iterator[Fragments]:
     """The messages for (position, tokens, slab) of blocks that are held until the last is sent. `inline`: with their
     bytes, which are views of the arena, and are cut between cells."""
     frame = max(1, FRAME_BYTES // layout.cell_bytes) * layout.cell_bytes

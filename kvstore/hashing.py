@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.store_messages import BlockKey
 
@@ -53,6 +53,11 @@ class ModelKey:
         size = _COUNT.pack(self.block_size)
         fields = _fields(self.model, self.tokenizer, self.dtype.encode(), size, self.lora, salt)
         return hashlib.sha256(_ROOT_TAG + fields).digest()
+
+    @property
+    def approximate(self) -> ModelKey:
+        """Of KV that was in int8 once, or was computed on top of such: no block of it has the name of an exact one."""
+        return replace(self, dtype=f"{self.dtype}+int8")
 
     @property
     def namespace(self) -> str:

@@ -48,7 +48,8 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     metrics = Metrics()
     router_id = f"router-{uuid.uuid4().hex[:12]}"
     members = members or Membership(settings.redis_url)
-    fleet = Fleet(members, settings.namespace, router_id, settings.cluster_secret, config.worker_timeout)
+    secret, stores = settings.cluster_secret, settings.store_namespaces
+    fleet = Fleet(members, settings.namespace, router_id, secret, config.worker_timeout, stores)
     service = Service(config, settings, fleet, metrics)
     mirror = Mirror(settings.redis_url, settings.namespace) if settings.redis_url else None
 
@@ -72,7 +73,7 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     app.add_middleware(ApiKeys, keys=config.api_keys)
     app.add_middleware(RequestId)
     app.include_router(operations(fleet, metrics, settings, router_id, mirror))
-    app.include_router(kv(fleet, Chains(config.api_keys, settings, service.text), config, mirror))
+    app.include_router(kv(fleet, Chains(config, settings, service.text), config, mirror))
     _add_generation(app, service, metrics, settings.served_model_name)
     return app
 

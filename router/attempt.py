@@ -140,6 +140,7 @@ class Attempt:
             salt=request.salt,
             deadline_ms=max(1, int(progress.remaining_s * 1000)),
             tenant=request.tenant,
+            exact=request.exact,
         )
         link = self._fleet.link(worker_id)
         job = PrefillJob(generation) if kind == "p" else DecodeJob(generation, handoff)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from cluster.errors import TandemError, WorkerLost
@@ -34,15 +35,23 @@ class Members(Protocol):
 
 
 class Fleet:
-    """Owns one WorkerLink per known worker, and the membership. Must be started and closed in the loop that serves."""
+    """Owns one WorkerLink per known worker, and the membership. Must be started and closed in the loop that serves.
+    Workers are those of `namespace`; stores too, unless `store_namespaces` says otherwise."""
 
     def __init__(
-        self, membership: Members, namespace: str, router_id: str, secret: str, worker_timeout_s: float
+        self,
+        membership: Members,
+        namespace: str,
+        router_id: str,
+        secret: str,
+        worker_timeout_s: float,
+        store_namespaces: Sequence[str] = (),
     ) -> None:
         self.redis_reachable = False
         self.stores: tuple[StoreInfo, ...] = ()
         self._membership = membership
         self._namespace = namespace
+        self._store_namespaces = store_namespaces or (namespace,)
         self._router_id = router_id
         self._secret = secret
         self._worker_timeout_s = worker_timeout_s
@@ -116,13 +125,15 @@ class Fleet:
     async def _poll(self) -> None:
         try:
             async with asyncio.timeout(POLL_TIMEOUT_S):
-                workers, stores = await self._membership.members(self._namespace)
+                namespaces = dict.fromkeys((self._namespace, *self._store_namespaces))
+                found = {namespace: await self._membership.members(namespace) for namespace in namespaces}
         except Exception as error:  # whatever the index does, the fleet that is connected goes on serving
             if self.redis_reachable or self._task is None:
                 log.warning("membership is unreachable, keeping the last known fleet: %r", error)
             self.redis_reachable = False
             return
         self.redis_reachable = True
+        workers, stores = found[self._namespace][0], [s for name in self._store_namespaces for s in found[name][1]]
         await self._adopt(workers)
         if stores or not self.stores:
             self.stores = tuple(stores)

@@ -7,11 +7,12 @@ names; what a chat's template adds in front of the answer is left out, since a l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from itertools import chain
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.config import Config
 from cluster.errors import InvalidRequest
 from kvstore.hashing import HASH_BYTES, extend, salt, tenant_tag
 from router.openai import Message
@@ -49,11 +50,13 @@ class DropSelection(Selection):
 class Chains:
     """Hashes of the blocks of prompts, as the workers compute them."""
 
-    def __init__(self, api_keys: Sequence[str], settings: RouterSettings, text: Text) -> None:
+    def __init__(self, config: Config, settings: RouterSettings, text: Text) -> None:
         self._settings = settings
         self._text = text
+        key = settings.model_key
+        self._keys = [key] if config.kv_quantization == "none" else [key, key.approximate]
         # as router/middleware.py names them; without keys there is one tenant, the empty one
-        names = [hashlib.sha256(key.encode()).hexdigest() for key in api_keys] or [""]
+        names = [hashlib.sha256(key.encode()).hexdigest() for key in config.api_keys] or [""]
         self.tenants = {tenant_tag(settings.cluster_secret, name): name for name in names}  # tag -> tenant
 
     async def hashes(self, selection: Selection) -> list[bytes]:
@@ -62,18 +65,21 @@ class Chains:
             return [_hash(text) for text in selection.hashes]
         if selection.tenant is not None and selection.tenant not in self.tenants:
             raise InvalidRequest("there is no such tenant; GET /kv lists them", param="tenant")
-        tokens, key = await self._tokens(selection), self._settings.model_key
+        tokens, size = await self._tokens(selection), self._settings.model_key.block_size
         tenants = [self.tenants[selection.tenant]] if selection.tenant is not None else list(self.tenants.values())
-        if not len(tokens) // key.block_size:
-            raise InvalidRequest(f"these are {len(tokens)} tokens, less than one block of {key.block_size}")
-        if len(tokens) // key.block_size * len(tenants) > MAX_SELECTED:
+        if not len(tokens) // size:
+            raise InvalidRequest(f"these are {len(tokens)} tokens, less than one block of {size}")
+        if len(tokens) // size * len(tenants) * len(self._keys) > MAX_SELECTED:
             raise InvalidRequest(f"these are more than {MAX_SELECTED} blocks; name one tenant", param="tenant")
         found: list[bytes] = []
         for tenant in tenants:
-            chain: list[bytes] = []
-            root = key.root(salt(self._settings.cluster_secret, tenant, selection.cache_salt or ""))
-            extend(chain, root, tokens, key.block_size)
-            found += chain
+            tenant_salt = salt(self._settings.cluster_secret, tenant, selection.cache_salt or "")
+            kinds: list[list[bytes]] = []
+            for key in self._keys:
+                kinds.append([])
+                extend(kinds[-1], key.root(tenant_salt), tokens, size)
+            # in turn: a store takes few pins, and the beginning of a chain is worth most
+            found += chain.from_iterable(zip(*kinds, strict=True))
         return found
 
     async def _tokens(self, selection: Selection) -> tuple[int, ...]:

@@ -194,6 +194,7 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=128, description="keeps this prompt's cache apart")
+    exact_kv: bool | None = Field(None, description="use no KV that was kept in int8; without effect where none is")
     user: Any = None  # this and the next three: accepted as OpenAI defines them, without effect
     metadata: Any = None
     store: Any = None

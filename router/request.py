@@ -20,6 +20,7 @@ class Request:
     sampling: Sampling
     salt: bytes
     tenant: str  # opaque tag of whom it is for
+    exact: bool = True  # approximate KV is not good enough
 
 
 @dataclass(frozen=True, slots=True)

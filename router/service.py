@@ -111,6 +111,7 @@ class Service:
         """One plan per prompt and choice, the choices of a prompt next to each other as OpenAI numbers them."""
         secret = self._settings.cluster_secret
         hash_salt, tag = salt(secret, tenant, body.cache_salt or ""), tenant_tag(secret, tenant)
+        exact = self._config.kv_quantization == "none" or bool(body.exact_kv)
         seed = body.seed if body.seed is not None else secrets.randbits(63)
         unique = f"{request_id}-{secrets.token_hex(4)}"  # a client may send the same request id twice
         plans: list[Plan] = []
@@ -118,7 +119,7 @@ class Service:
             room = self._room(tokens, field)
             for choice in range(body.choices):
                 sampling = self._sampling(body, room, (seed + choice) & SEED_MASK)
-                request = Request(f"{unique}-{len(plans)}", tokens, sampling, hash_salt, tag)
+                request = Request(f"{unique}-{len(plans)}", tokens, sampling, hash_salt, tag, exact)
                 plans.append(Plan(request, self.text.detokenizer(body.stop, sampling.min_tokens), number, echo))
         choices = Choices(plans, self._dispatcher.serve, self._metrics, bool(body.return_token_ids))
         self._open.add(choices)

@@ -17,10 +17,11 @@ class RouterSettings:
 
     model_directory: str  # holds tokenizer.json, tokenizer_config.json and, perhaps, chat_template.jinja
     served_model_name: str
-    namespace: str  # model fingerprint that workers and stores register under
+    namespace: str  # model fingerprint that workers register under
     cluster_secret: str = field(repr=False)  # authorises every internal call, and keys the block hashes
     redis_url: str = field(repr=False)  # may hold a password
     max_context: int  # tokens of prompt and output together
     vocab_size: int  # the model's: ids from 0 to this minus one are legal in prompts and biases
     eos_token_ids: tuple[int, ...]
     model_key: ModelKey  # what block hashes begin with
+    store_namespaces: tuple[str, ...] = ()  # that block stores register under; empty: `namespace` alone

@@ -20,6 +20,7 @@ from cluster.perfmodel import PerfModel
 from kvstore.blocks import BlockPool
 from kvstore.fetcher import Source
 from kvstore.hashing import extend
+from kvstore.layout import Layout
 from workers.fetching import Choice, choose
 from workers.runner import Chunk, Runner
 from workers.sampling import finish
@@ -33,8 +34,19 @@ COLD_BATCH = 16  # blocks on their way there at a time
 
 
 class Engine:
-    def __init__(self, runner: Runner, *, token_budget: int, max_sequences: int, max_context: int) -> None:
+    """`stored` is how blocks of approximate sequences are laid out in their stores, where there are such."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        token_budget: int,
+        max_sequences: int,
+        max_context: int,
+        stored: Layout | None = None,
+    ) -> None:
         self.runner = runner
+        self._layouts = {True: runner.layout, False: stored or runner.layout}  # sequence is exact -> its stores'
         self.pool = BlockPool(runner.num_blocks)
         self.block_size = runner.layout.tokens
         self.max_context = max_context
@@ -68,7 +80,8 @@ class Engine:
     def fetched(self, sequence: Sequence, valid_blocks: int, parts: Several[tuple[Source, int, float]]) -> None:
         """A fetch has ended with that many good blocks from the start of the table; `parts` as in `Fetched`."""
         for source, blocks, seconds in parts:
-            self.model.observe_fetch(blocks * self.runner.layout.block_bytes, source.path, 1000 * seconds)
+            size = blocks * self._layouts[sequence.exact].block_bytes
+            self.model.observe_fetch(size, source.path, 1000 * seconds)
         if self._arrived(sequence, valid_blocks):
             # never the whole sequence: the last token is always left to compute, for its logits
             self.scheduler.received(sequence, valid_blocks * self.block_size)
@@ -135,7 +148,7 @@ class Engine:
         self.steps += 1
 
     def _choose(self, sequence: Sequence, hits: int) -> Choice:
-        return choose(sequence.sources, hits, len(sequence.tokens), self.model, self.runner.layout)
+        return choose(sequence.sources, hits, len(sequence.tokens), self.model, self._layouts[sequence.exact])
 
     def _arrive(self, sequence: Sequence) -> Sequence:
         """Somebody will write into its blocks, whatever becomes of it."""
@@ -216,7 +229,7 @@ class Engine:
         """Blocks that became full can be hit from now on. `stored`: they came from a store."""
         first, full = sequence.registered, sequence.computed // self.block_size
         for index, key in enumerate(sequence.keys(first, full, self.block_size), start=first):
-            self.pool.register(sequence.block_table[index], key, sequence.generation.tenant)
+            self.pool.register(sequence.block_table[index], key, sequence.generation.tenant, sequence.exact)
         sequence.registered = full
         if stored:
             self.pool.offer(sequence.block_table[first:full])
@@ -224,10 +237,11 @@ class Engine:
     def _offload(self, sequence: Sequence) -> None:
         """Leading blocks of a prompt that was asked for before go to the store, and all of them as soon as decode has
         filled one: the next turn of a conversation will ask for it, and it is worth nothing without those before it."""
-        if sequence.transfer_id:
-            return  # all of them go with the handoff
+        handed_off = bool(sequence.transfer_id)
+        if handed_off and sequence.exact:
+            return  # all of them go with the handoff; an approximate one's are for its reader only
         decoded = sequence.registered * self.block_size > sequence.prompt_length
-        upto = sequence.registered if decoded else min(sequence.registered, sequence.repeated)
+        upto = sequence.registered if decoded or handed_off else min(sequence.registered, sequence.repeated)
         # by hash: when the sequence computed a block that was there already, the other one is that which has the name
         blocks = [self.pool.find(name) for name in sequence.hashes[sequence.offered : upto]]
         self._write([block for block in blocks if block is not None], cold=False)
@@ -251,7 +265,8 @@ class Engine:
         upto = full if first_token is None else len(sequence.block_table)
         blocks = [(position, sequence.block_table[position]) for position in range(sequence.sent, upto)]
         if blocks or first_token is not None:
-            self.pool.offer(block for _, block in blocks)
+            if sequence.exact:
+                self.pool.offer(block for _, block in blocks)
             self.pool.retain([block for _, block in blocks])
             self._step.sends.append(Send(sequence.transfer_id, blocks, first_token is not None, first_token))
             sequence.sent = upto

@@ -17,6 +17,7 @@ from typing import Any
 from cluster.config import Config
 from cluster.errors import StoreError, TandemError
 from cluster.messages import Handoff
+from cluster.store_messages import BlockKey
 from kvstore.connections import Connections
 from kvstore.reader import HandoffReader
 from kvstore.writer import HandoffWriter
@@ -33,10 +34,17 @@ log = logging.getLogger(__name__)
 
 
 class Handoffs:
-    """Writes to `store`; reads over `connections`, which are their owner's to close."""
+    """Writes to `store`; reads over `connections`, which are their owner's to close. `idle` is set while no block is
+    being written that somebody waits for."""
 
     def __init__(
-        self, runner: Runner, config: Config, store: NodeStore, connections: Connections, counters: Counters
+        self,
+        runner: Runner,
+        config: Config,
+        store: NodeStore,
+        connections: Connections,
+        idle: asyncio.Event,
+        counters: Counters,
     ) -> None:
         self._runner = runner
         self._hold_ms = int(config.hold_timeout * 1000)
@@ -46,8 +54,7 @@ class Handoffs:
         self._sends: dict[str, asyncio.Queue[tuple[Send, Sent] | None]] = {}  # transfer id -> work left; None: revoke
         self._abandoned: set[str] = set()  # of these transfers, those that nobody will follow
         self._unsent = 0  # sends that wait in there or are under way
-        self.idle = asyncio.Event()  # no block is being written that somebody waits for
-        self.idle.set()
+        self._idle = idle
         self._receives: dict[str, asyncio.Task[tuple[int, int | None]]] = {}  # sequence id -> task
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -65,7 +72,8 @@ class Handoffs:
         if writer is None:
             raise StoreError("this worker has no block store yet")
         size, tokens = self._runner.layout.tokens, len(sequence.tokens)
-        keys = sequence.keys(0, tokens // size, size)
+        # approximate KV has no name here: it is for this reader only, and whoever wants exact KV must never find it
+        keys = sequence.keys(0, tokens // size, size) if sequence.exact else [BlockKey(b"", size)] * (tokens // size)
         tenant = sequence.generation.tenant
         try:
             handoff = await writer.reserve(sequence.transfer_id, keys, tokens, self._hold_ms, tenant)
@@ -79,7 +87,7 @@ class Handoffs:
     def send(self, send: Send, done: Sent) -> None:
         """Copy and seal, in the order of the calls; `done` gets the blocks back."""
         self._unsent += 1
-        self.idle.clear()
+        self._idle.clear()
         self._sends[send.transfer_id].put_nowait((send, done))
 
     def revoke(self, transfer_id: str) -> None:
@@ -124,7 +132,7 @@ class Handoffs:
         done([block for _, block in send.blocks])
         self._unsent -= 1
         if self._unsent == 0:
-            self.idle.set()
+            self._idle.set()
 
     # ------------------------------------------------------------------------------------------------------ arriving
     def expect(self, sequence: Sequence) -> None:

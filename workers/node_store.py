@@ -19,7 +19,7 @@ from cluster.messages import StoreInfo
 from kvstore.client import StoreClient
 from kvstore.connections import Connections
 from kvstore.writer import HandoffWriter
-from workers.runner import Runner
+from workers.stored_blocks import StoredBlocks
 
 LOOK_S = 2.0  # how often a connected worker looks whether its preferred store is back; ten times as often without one
 RETIRE_S = 30.0  # how long a connection that was replaced may finish its transfers
@@ -32,13 +32,13 @@ class NodeStore:
     def __init__(
         self,
         worker_id: str,
-        runner: Runner,
+        blocks: StoredBlocks,
         identity: Identity,
         connections: Connections,
         changed: Callable[[], None],
     ) -> None:
         self._worker_id = worker_id
-        self._runner = runner
+        self._blocks = blocks
         self._identity = identity
         self._connections = connections
         self._changed = changed
@@ -69,7 +69,10 @@ class NodeStore:
                 await self._connect_to([store for store in stores if store.node == node])
             except (Unavailable, StoreError, Unauthorized, ProtocolError) as error:
                 if self.writer is None:
-                    log.warning("out of reach of a block store, prefills are refused until then: %s", error.message)
+                    where = self._identity.namespace
+                    log.warning(
+                        "no block store of %s is in reach, nothing is handed off or kept: %s", where, error.message
+                    )
             await asyncio.sleep(LOOK_S if self.writer is not None else LOOK_S / 10)
 
     async def close(self) -> None:
@@ -95,8 +98,8 @@ class NodeStore:
             raise refusal
 
     async def _connect(self, address: str) -> None:
-        client = StoreClient(address, self._identity.secret, self._worker_id, self._runner.layout)
-        writer = HandoffWriter(client, self._runner.layout, self._runner.block)
+        client = StoreClient(address, self._identity.secret, self._worker_id, self._blocks.layout)
+        writer = HandoffWriter(client, self._blocks.layout, self._blocks.read)
         await writer.connect()
         old, self._client, self._writer = self._writer, client, writer
         if old is not None:

@@ -33,6 +33,7 @@ class Sequence:
     router_id: str
     root: bytes  # parent hash of the first block: model, dtype, tenant
     deadline: float  # on this process's monotonic clock, seconds
+    exact: bool = True  # False: it may use approximate KV, so its own is approximate; its root says so too
     transfer_id: str = ""  # set: a prefill job; its blocks go to the store and it ends at its first token
     handoff: Handoff | None = None
     state: State = State.WAITING

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from kvstore.connections import Connections
@@ -18,9 +19,9 @@ from kvstore.index import Index
 from kvstore.locate import Locator
 from workers.counters import Counters
 from workers.node_store import NodeStore
-from workers.runner import Runner
 from workers.sequence import Sequence
 from workers.step import BlockFetch
+from workers.stored_blocks import StoredBlocks
 from workers.tasks import outcome
 
 LOCATE_S = 0.25  # far above what store and index take together, for it holds the sequence up
@@ -34,9 +35,9 @@ class Tier:
     """`store` is asked first, then the index. `connections` are shared with others who read."""
 
     def __init__(
-        self, runner: Runner, store: NodeStore, index: Index, connections: Connections, counters: Counters
+        self, blocks: StoredBlocks, store: NodeStore, index: Index, connections: Connections, counters: Counters
     ) -> None:
-        self._runner = runner
+        self._blocks = blocks
         self._store = store
         self._index = index
         self._locator = Locator(index, connections)
@@ -85,7 +86,7 @@ class Tier:
         await self._index.close()
 
     async def _locate(self, sequence: Sequence) -> list[Source]:
-        hashes = sequence.hashes[: (len(sequence.tokens) - 1) // self._runner.layout.tokens]
+        hashes = sequence.hashes[: (len(sequence.tokens) - 1) // self._blocks.layout.tokens]
         try:
             async with asyncio.timeout(LOCATE_S):
                 return await self._locator.locate(hashes, self._store.address, self._store.epoch)
@@ -94,19 +95,27 @@ class Tier:
             return []
 
     async def _fetch(self, order: BlockFetch) -> Fetched:
-        sequence, table, size = order.sequence, order.table, self._runner.layout.tokens
+        sequence, layout, start = order.sequence, self._blocks.layout, order.sources[0].start
+        landing = self._blocks.landing(order.table, start, order.sources[-1].stop)
         began = time.monotonic()
         timeout_s = min(order.timeout_s, max(0.0, sequence.deadline - began))
-        fetched = await self._fetcher.fetch(
-            order.sources, sequence.hashes, lambda position: self._runner.block(table[position]), timeout_s
-        )
+        fetched = await self._fetcher.fetch(order.sources, sequence.hashes, landing.write, timeout_s)
+        arrived = time.monotonic()
+        await landing.accept(fetched.valid_blocks)
         if fetched.error is not None:
             self._counters.fetch_failures_total += 1
             log.info("%s: %d blocks are there, then: %s", sequence.id, fetched.valid_blocks, fetched.error.message)
-        self._counters.fetch_seconds_total += time.monotonic() - began
+        ended = time.monotonic()
+        self._counters.fetch_seconds_total += ended - began
         for source, blocks, _ in fetched.parts:
             used = min(source.start + blocks, fetched.valid_blocks) - source.start
             if used > 0:
-                self._counters.fetched(source.path, used * size)
-                self._counters.fetched_bytes_total += used * self._runner.layout.block_bytes
-        return fetched
+                self._counters.fetched(source.path, used * layout.tokens)
+                self._counters.fetched_bytes_total += used * layout.block_bytes
+        return _with_acceptance(fetched, (ended - arrived) / max(1, fetched.valid_blocks - start))
+
+
+def _with_acceptance(fetched: Fetched, block_s: float) -> Fetched:
+    """Whoever predicts what a fetch takes must know of that too."""
+    parts = tuple((source, blocks, seconds + blocks * block_s) for source, blocks, seconds in fetched.parts)
+    return replace(fetched, parts=parts)

@@ -1,36 +1,36 @@
-"""Everything of a worker that moves blocks, put together: its store, handoffs, fetches and offloads.
+"""Everything of a worker that moves blocks, put together: handoffs, and for each kind of stores fetches and offloads.
 
     engine step ──► act ──► handoffs, tier, offload queue ──► sent / received / located / fetched / offloaded
       ▲                                                                                        │ (engine's events)
       └────────────────────────────────── post ◄───────────────────────────────────────────────┘
 
 One way round: what a step asks for goes out here, and how it ended comes back to the engine's thread as an event.
+Handoffs are always exact. What a sequence looks up, fetches and offloads is of the kind that the sequence is of.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from cluster.config import Config
 from cluster.identity import Identity
-from kvstore.connections import Connections
-from kvstore.index import Index
 from workers.counters import Counters
 from workers.engine import Engine
 from workers.handoffs import Handoffs
-from workers.node_store import NodeStore
-from workers.offload import OffloadQueue
 from workers.sequence import Sequence
 from workers.step import Step
-from workers.tier import Tier
+from workers.stored_blocks import ExactBlocks, StoredBlocks
+from workers.tier_link import TierLink
 
 OFFLOADING = 2  # at most half of a worker's blocks wait to be written to the store
 
 
 class Transfers:
-    """`post` hands an event to the thread that the engine runs on."""
+    """`post` hands an event to the thread that the engine runs on; `approximate` is how blocks are in the stores of
+    approximate KV, where there are any."""
 
     def __init__(
         self,
@@ -39,33 +39,40 @@ class Transfers:
         identity: Identity,
         config: Config,
         post: Callable[[Callable[[], None]], None],
+        approximate: StoredBlocks | None = None,
     ) -> None:
         runner = engine.runner
         self.counters = Counters()
         self._engine = engine
         self._post = post
-        self._connections = Connections(identity.secret, runner.layout)
-        self._store = NodeStore(worker_id, runner, identity, self._connections, lambda: post(engine.store_is_new))
-        self.handoffs = Handoffs(runner, config, self._store, self._connections, self.counters)
-        index = Index(identity.redis_url, identity.namespace)
-        self._tier = Tier(runner, self._store, index, self._connections, self.counters)
-        limit = max(1, runner.num_blocks // OFFLOADING)
-        offloaded = self._event(engine.offloaded)
-        self._offloads = OffloadQueue(lambda: self._store.writer, limit, self.handoffs.idle, offloaded, self.counters)
+        idle = asyncio.Event()
+        idle.set()
+        kinds: list[tuple[bool, StoredBlocks, Identity]] = [(True, ExactBlocks(runner), identity)]
+        if approximate is not None:
+            kinds.append((False, approximate, identity.approximate))
+        limit = max(1, runner.num_blocks // (OFFLOADING * len(kinds)))
+        changed, offloaded = self._event(engine.store_is_new), self._event(engine.offloaded)
+        self._links = {  # whether a sequence is exact -> its stores
+            exact: TierLink(worker_id, blocks, where, idle, limit, changed, offloaded, self.counters)
+            for exact, blocks, where in kinds
+        }
+        exact = self._links[True]
+        self.handoffs = Handoffs(runner, config, exact.store, exact.connections, idle, self.counters)
 
     def work(self, node: str) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled, on the event loop of a worker on that node."""
-        return [self._store.run(node), self._offloads.run(), self._tier.warm_up()]
+        return [work for link in self._links.values() for work in link.work(node)]
 
     async def close(self) -> None:
         """After what `work` returned has been cancelled."""
-        for part in (self.handoffs, self._tier, self._store, self._connections):
-            await part.close()
+        await self.handoffs.close()
+        for link in self._links.values():
+            await link.close()
 
     def locate(self, sequence: Sequence) -> None:
         """Ask the stores for a sequence that the engine is about to get; it is not admitted before they answer."""
         sequence.locating = True
-        self._tier.locate(sequence, self._event(self._engine.located))
+        self._links[sequence.exact].tier.locate(sequence, self._event(self._engine.located))
 
     def act(self, step: Step) -> None:
         """Do what a step asked for."""
@@ -76,16 +83,18 @@ class Transfers:
         for sequence in step.receives:
             self.handoffs.receive(sequence, self._event(self._engine.received))
         for order in step.fetches:
-            self._tier.fetch(order, self._event(self._engine.fetched))
+            self._links[order.sequence.exact].tier.fetch(order, self._event(self._engine.fetched))
         for sequence in step.lookups:
-            self._tier.locate(sequence, self._event(self._engine.located))
+            self._links[sequence.exact].tier.locate(sequence, self._event(self._engine.located))
         for sequence_id in step.dropped:
             self.handoffs.drop(sequence_id)
-            self._tier.drop(sequence_id)
+            for link in self._links.values():
+                link.tier.drop(sequence_id)
         for handoff in step.unclaimed:
             self.handoffs.release(handoff)
-        if step.offloads:
-            self._offloads.put(step.offloads)
+        for exact, link in self._links.items():
+            if offloads := [offload for offload in step.offloads if offload.name.exact is exact]:
+                link.offloads.put(offloads)
 
     def _event(self, method: Callable[..., None]) -> Callable[..., None]:
         """The same method of the engine, called on its thread."""

@@ -50,6 +50,7 @@ from workers.engine import Engine
 from workers.runner import Runner
 from workers.sequence import Sequence
 from workers.step import Step
+from workers.stored_blocks import StoredBlocks
 from workers.transfers import Transfers
 
 HEARTBEAT_S = 1.0  # an idle output stream says so this often
@@ -71,15 +72,20 @@ class WorkerSettings:
 
 
 class Worker:
-    def __init__(self, runner: Runner, settings: WorkerSettings) -> None:
+    """`approximate`: how blocks are in the stores of approximate KV; None where there are none, and all KV is exact."""
+
+    def __init__(self, runner: Runner, settings: WorkerSettings, approximate: StoredBlocks | None = None) -> None:
         config = settings.config
         self._settings = settings
+        self._keys = {True: settings.key, False: settings.key.approximate}  # sequence is exact -> root of its names
+        self._all_exact = approximate is None
         self._role = settings.role
         self._engine = Engine(
             runner,
             token_budget=config.token_budget,
             max_sequences=config.max_sequences,
             max_context=settings.max_context,
+            stored=approximate.layout if approximate else None,
         )
         self._vocab_size = runner.vocab_size
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -89,7 +95,7 @@ class Worker:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._membership = Membership(settings.identity.redis_url)
-        self._transfers = Transfers(settings.id, self._engine, settings.identity, config, self._post)
+        self._transfers = Transfers(settings.id, self._engine, settings.identity, config, self._post, approximate)
         self._load = self._engine.load(self._role)
         self._tasks: list[asyncio.Task[None]] = []
         self._server = Server(
@@ -186,11 +192,13 @@ class Worker:
         if self._load.waiting >= self._settings.config.max_queue:
             raise Overloaded(f"{self._load.waiting} requests are waiting for this worker", retry_after_s=1.0)
         generation = message.job.generation
+        exact = generation.exact or self._all_exact
         sequence = Sequence(
             generation,
             router_id=self._routers[message.router_id][0],
-            root=self._settings.key.root(generation.salt),
+            root=self._keys[exact].root(generation.salt),
             deadline=time.monotonic() + generation.deadline_ms / 1000,
+            exact=exact,
         )
         if not 0 < len(sequence.tokens) < self._settings.max_context:
             raise InvalidRequest(f"{len(sequence.tokens)} tokens do not fit a context of {self._settings.max_context}")

@@ -107,3 +107,9 @@ def test_the_documentation_lists_every_setting_as_it_is() -> None:
     for name, field in Config.model_fields.items():
         default = "" if field.default in ("", ()) else f"`{field.default}`"
         assert f"| `{name}` | {default} | {field.description} |" in text
+
+
+def test_token_ids_are_not_quantized() -> None:
+    assert load(None, {}, {"kv_quantization": "int8"}).kv_quantization == "int8"
+    with pytest.raises(ConfigError, match=r"kv_quantization.*sim"):
+        load(None, {}, {"kv_quantization": "int8", "runner": "sim"})

@@ -110,3 +110,10 @@ def test_extending_step_by_step_is_a_chain_of_blocks(tokens: list[int], block_si
         assert hashes == chain[: length // block_size]
     extend(hashes, root, tokens, block_size)
     assert hashes == chain
+
+
+def test_approximate_kv_has_other_names_and_still_its_own_model_and_tenant() -> None:
+    roots = {key.root(salt) for key in (KEY, KEY.approximate) for salt in (b"", b"tenant")}
+    roots |= {dataclasses.replace(KEY, dtype="bfloat16").approximate.root(b"")}
+    assert len(roots) == 5
+    assert KEY.namespace != KEY.approximate.namespace

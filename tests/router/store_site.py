@@ -15,7 +15,7 @@ from cluster.identity import Identity
 from cluster.messages import StoreInfo
 from cluster.store_messages import StatRequest, StoreStat
 from kvstore.client import StoreClient
-from kvstore.hashing import block_keys, extend, salt, tenant_tag
+from kvstore.hashing import ModelKey, block_keys, extend, salt, tenant_tag
 from kvstore.layout import Layout
 from kvstore.server import StoreServer
 from kvstore.writer import HandoffWriter
@@ -42,8 +42,10 @@ class Site:
         self.infos.append(await server.start())
         self.servers.append(server)
 
-    async def _write(self, store: int, tokens: list[int], tenant: str, cache_salt: str) -> list[str]:
-        root = MODEL_KEY.root(salt(SECRET, tenant, cache_salt))
+    async def _write(
+        self, store: int, tokens: list[int], tenant: str, cache_salt: str, model_key: ModelKey
+    ) -> list[str]:
+        root = model_key.root(salt(SECRET, tenant, cache_salt))
         hashes: list[bytes] = []
         extend(hashes, root, tokens, 16)
         client = StoreClient(self.infos[store].address, SECRET, "writer", LAYOUT)
@@ -54,10 +56,17 @@ class Site:
         await writer.close()
         return [name.hex() for name in hashes]
 
-    def write(self, store: int, tokens: list[int] = PROMPT, key: str = "", cache_salt: str = "") -> list[str]:
+    def write(
+        self,
+        store: int,
+        tokens: list[int] = PROMPT,
+        key: str = "",
+        cache_salt: str = "",
+        model_key: ModelKey = MODEL_KEY,
+    ) -> list[str]:
         """Put the full blocks of a prompt of the tenant with that API key into a store; returns their hashes."""
         tenant = hashlib.sha256(key.encode()).hexdigest() if key else ""
-        hashes = self.api.run(self._write(store, tokens, tenant, cache_salt))
+        hashes = self.api.run(self._write(store, tokens, tenant, cache_salt, model_key))
         self.api.wait(lambda: self._quiet(self.stat(store)))
         return hashes
 

@@ -161,6 +161,18 @@ def test_the_salt_separates(api: Api) -> None:
     assert len(set(salts)) == 3
 
 
+@pytest.mark.parametrize(("quantization", "asked"), [("none", None), ("int8", None), ("int8", False), ("int8", True)])
+def test_approximate_kv_is_for_requests_that_do_not_refuse_it(
+    model_directory: Path, quantization: str, asked: bool | None
+) -> None:
+    with Api(model_directory).serving("pd", kv_quantization=quantization) as api:
+        api.chat(max_tokens=2, exact_kv=asked)
+        api.complete(max_tokens=2, exact_kv=asked)
+        generations = [generation for worker in api.workers.values() for generation in worker.generations]
+        assert len(generations) == 4
+        assert all(generation.exact is (quantization == "none" or asked is True) for generation in generations)
+
+
 def test_end_token_and_stop_string(api: Api, tokenizer: Tokenizer) -> None:
     for worker in api.workers.values():
         worker.eos_at = 4

@@ -248,3 +248,23 @@ def redis_server(directory: Path, port: int | None = None) -> Iterator[tuple[str
             yield f"redis://127.0.0.1:{port}/0", process
         finally:
             process.kill()
+
+
+def test_stores_may_be_of_several_namespaces() -> None:
+    async def main() -> None:
+        membership = PerNamespace()
+        fleet = Fleet(membership, NAMESPACE, "router-1", SECRET, 5.0, (NAMESPACE, "approximate"))
+        await fleet.start()
+        try:
+            assert [store.id for store in fleet.stores] == [NAMESPACE, "approximate"]
+        finally:
+            await fleet.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+class PerNamespace(StaticMembership):
+    """One store in each."""
+
+    async def members(self, namespace: str) -> tuple[list[WorkerInfo], list[StoreInfo]]:
+        return [], [StoreInfo(namespace, "127.0.0.1:1", "node", 1, namespace, 1)]

@@ -13,7 +13,7 @@ import pytest
 
 from kvstore.hashing import tenant_tag
 from tests.router.fakes import SECRET
-from tests.router.harness import Api
+from tests.router.harness import MODEL_KEY, Api
 from tests.router.store_site import LAYOUT, PROMPT, Site, site
 
 
@@ -84,6 +84,13 @@ def test_what_is_named_is_what_requests_have(kv: Site) -> None:
     assert by_store(asked, "pinned")["s0"] == asked["asked"] >= 2
     hashes = kv.write(1, plain)
     assert by_store(kv.post("/kv/drop", prompt=text), "dropped") == {"s0": 0, "s1": len(hashes)}
+
+
+def test_with_int8_a_prompt_stands_for_its_approximate_blocks_too(model_directory: Path) -> None:
+    with site(model_directory, None, kv_quantization="int8") as kv:
+        kv.write(0)
+        kv.write(1, model_key=MODEL_KEY.approximate)
+        assert by_store(kv.post("/kv/drop", prompt=PROMPT), "dropped") == {"s0": 5, "s1": 5}
 
 
 def test_a_cache_salt_is_part_of_the_name(kv: Site) -> None:

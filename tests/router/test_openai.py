@@ -31,6 +31,7 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "stream": ["yes", 1],
     "stop_token_ids": [5, ["5"], [1.5], [5] * 2000],
     "cache_salt": ["", "x" * 129, 5],
+    "exact_kv": [1, "true"],
     "best_of": [0, 17, "1"],
     "stream_options": [5, {"include_usage": "yes"}],
     "model": [5, ["m"]],

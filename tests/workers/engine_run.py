@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from cluster.messages import Generation, JobFailed, Sampling, TokenOutput
 from cluster.perfmodel import PerfModel
 from kvstore.fetcher import Source
+from kvstore.layout import Layout
 from workers.engine import Engine
 from workers.sequence import Sequence
 from workers.sim import SimRunner, sim_layout
@@ -25,10 +26,16 @@ class Unimpressed(PerfModel):
         del chunks, ms
 
 
-def engine(num_blocks: int = 256, token_budget: int = 64, max_sequences: int = 32) -> Engine:
+def engine(
+    num_blocks: int = 256, token_budget: int = 64, max_sequences: int = 32, stored: Layout | None = None
+) -> Engine:
     runner = SimRunner(sim_layout(BLOCK), num_blocks, VOCAB)
     made = Engine(
-        runner, token_budget=token_budget, max_sequences=max_sequences, max_context=min(512, num_blocks * BLOCK)
+        runner,
+        token_budget=token_budget,
+        max_sequences=max_sequences,
+        max_context=min(512, num_blocks * BLOCK),
+        stored=stored,
     )
     made.model = Unimpressed(token_budget)
     return made

@@ -26,6 +26,7 @@ from cluster.messages import (
 from cluster.rpc import Client
 from cluster.store_messages import StatRequest, StoreStat
 from kvstore.hashing import ModelKey
+from kvstore.layout import Layout
 from kvstore.redis_server import EmbeddedRedis
 from kvstore.server import StoreServer
 from tests.kvstore.rig import SECRET, Process, process
@@ -65,16 +66,19 @@ def expected(prompt: tuple[int, ...], new: int) -> list[int]:
     return tokens
 
 
-def generation(name: str, prompt: tuple[int, ...] = PROMPT, new: int = 10, salt: bytes = b"") -> Generation:
-    return Generation(name, prompt, (), Sampling(max_tokens=new, temperature=0), salt, 60_000, tenant=salt.hex())
+def generation(
+    name: str, prompt: tuple[int, ...] = PROMPT, new: int = 10, salt: bytes = b"", exact: bool = True
+) -> Generation:
+    sampling = Sampling(max_tokens=new, temperature=0)
+    return Generation(name, prompt, (), sampling, salt, 60_000, tenant=salt.hex(), exact=exact)
 
 
 class Site:
     """Stores and workers as a test asks for them; the workers' output streams are read into `tokens`."""
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, layout: Layout = LAYOUT) -> None:
         self.identity = Identity("ns", redis_url, SECRET, "127.0.0.1")
-        self.store = StoreServer("store", LAYOUT, 2**20, self.identity)
+        self.store = StoreServer("store", layout, 2**20, self.identity)
         self.address = ""  # of the store, once it serves
         self.clients: dict[str, Client] = {}
         self.workers: dict[str, Worker] = {}
@@ -90,7 +94,10 @@ class Site:
     ) -> Client:
         """A worker whose prefill is slow enough for fetches to be worth it."""
         settings = WorkerSettings(name, "both", KEY, min(CONTEXT, blocks * 4), self.identity, config)
-        self.workers[name] = worker = Worker(runner(Timings(step_s=step_s, token_s=token_s), blocks), settings)
+        return await self.serve(name, Worker(runner(Timings(step_s=step_s, token_s=token_s), blocks), settings))
+
+    async def serve(self, name: str, worker: Worker) -> Client:
+        self.workers[name] = worker
         self.clients[name] = client = Client((await worker.start()).address, SECRET)
         self.readers.append(asyncio.create_task(self.read(name)))
         await until(lambda: name in self.last)
