@@ -117,7 +117,12 @@ class Chaos:
         except (OSError, ValueError):
             return False
         workers, stores = state["workers"], state["stores"]
-        return len(workers) == 4 and all(w["connected"] for w in workers) and all(s["answers"] for s in stores)
+        return (
+            len(workers) == 4
+            and all(w["connected"] for w in workers)
+            and len(stores) == 2
+            and all(s["answers"] for s in stores)
+        )
 
     def _worker(self) -> int:
         return self._rng.choice(self._served.status()["workers"])["pid"]
@@ -172,7 +177,9 @@ def test_a_long_run_with_faults_is_exact_and_leaks_nothing(tiny: Path, tmp_path:
             "TANDEM_DISK_MEMORY": str(2**20),
             "TANDEM_STORE_MEMORY": str(1_500_000),  # about 1,400 blocks: evicted all the time
             "TANDEM_MAX_SEQUENCES": "8",
+            "TANDEM_STORES": "2",
             "TANDEM_SIM_STEP_MS": "2",
+            "TANDEM_SIM_TOKEN_MS": "0.2",  # or computing would always be predicted to be faster than fetching
         }
         with serving(str(tiny), "--runner", "sim", "--prefill", "2", "--decode", "2", **settings) as served:
             chaos = Chaos(served, redis_server, rng)
@@ -195,6 +202,7 @@ def test_a_long_run_with_faults_is_exact_and_leaks_nothing(tiny: Path, tmp_path:
                 answers = list(pool.map(one, cases))
                 chaos.end()
                 faults.result(timeout=4 * HEALTHY_S)
+            assert served.metric("tandem_fetched_tokens_total") > 0
             served.assert_no_leaks(within=60)
     wrong = [
         index

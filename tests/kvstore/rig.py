@@ -184,10 +184,16 @@ async def process(what: str, **settings: Any) -> AsyncIterator[Process]:
 
 @asynccontextmanager
 async def store_process(
-    slabs: int, port: int = 0, redis_url: str = "", disk: Path | None = None, disk_blocks: int = 1000
+    slabs: int,
+    port: int = 0,
+    redis_url: str = "",
+    disk: Path | None = None,
+    disk_blocks: int = 1000,
+    layout: Layout = LAYOUT,
 ) -> AsyncIterator[tuple[str, int, Process]]:
-    settings = {"store_id": "test", "layout": dataclasses.asdict(LAYOUT), "memory": memory_for(slabs), "port": port}
-    tier = {"disk": str(disk or ""), "disk_memory": disk_blocks * file_bytes(LAYOUT)}
+    sizes = {"layout": dataclasses.asdict(layout), "memory": memory_for(slabs, layout)}
+    settings = {"store_id": "test", "port": port, **sizes}
+    tier = {"disk": str(disk or ""), "disk_memory": disk_blocks * file_bytes(layout)}
     async with process("serve", redis_url=redis_url, **settings, **tier) as made:
         address, epoch = (await made.line()).split()
         yield address, int(epoch), made

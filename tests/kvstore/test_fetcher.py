@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -34,17 +34,18 @@ from tests.kvstore.rig import (
 )
 
 HOLD_MS = 30_000
+T = TypeVar("T")
 LARGE = Layout(heads=3, layers=30, tokens=16, dim=64, dtype="float32", itemsize=4)
 VAST = Layout(heads=8, layers=16, tokens=16, dim=128, dtype="float32", itemsize=4)  # 2 MiB: three frames and more
 both_paths = pytest.mark.parametrize("inline", [False, True], ids=["mapped", "inline"])
 
 
-def run(test: Coroutine[Any, Any, None]) -> None:
-    async def bounded() -> None:
+def run(test: Coroutine[Any, Any, T]) -> T:
+    async def bounded() -> T:
         async with asyncio.timeout(60):
-            await test
+            return await test
 
-    asyncio.run(bounded())
+    return asyncio.run(bounded())
 
 
 @asynccontextmanager
@@ -357,6 +358,36 @@ def test_a_store_that_is_killed_in_the_middle_leaves_a_prefix(inline: bool) -> N
                 assert_right(target, fetched.valid_blocks)
 
     run(body())
+
+
+def test_a_store_that_is_killed_at_any_frame_leaves_a_prefix() -> None:
+    """Blocks of a frame each, on two streams; each time the process is killed while another block is taken in."""
+    layout = Layout(heads=8, layers=16, tokens=16, dim=64, dtype="float32", itemsize=4)  # 1 MiB
+    blocks, short = 16, 0
+
+    async def body(at: int) -> int:
+        async with (
+            store_process(blocks, layout=layout) as (address, epoch, child),
+            writer(address, layout) as w,
+            fetcher(True, layout) as (f, _),
+        ):
+            await put(w, blocks, layout=layout)
+            target = Target(layout)
+
+            def write_block(position: int) -> Block:
+                if position == at:
+                    child.kill()
+                return target(position)
+
+            hashes = hashes_for(blocks * layout.tokens, layout=layout)
+            fetched = await f.fetch([source(address, epoch, 0, blocks)], hashes, write_block, 20)
+            assert fetched.valid_blocks == blocks or isinstance(fetched.error, WorkerLost)
+            assert_right(target, fetched.valid_blocks)
+            return fetched.valid_blocks
+
+    for at in range(blocks):
+        short += run(body(at)) < blocks
+    assert short > 0, "no kill came in time: make the blocks larger"
 
 
 def test_a_store_that_restarts_between_lookup_and_fetch_is_a_miss() -> None:
