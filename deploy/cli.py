@@ -83,7 +83,7 @@ def _serve(config: Config) -> None:
         def report(what: str, fraction: float) -> None:
             progress.update(task, description=what, completed=fraction)
 
-        prepare()  # before Ray is imported
+        prepare(config.request_timeout)  # before Ray is imported
         # torch and Ray take seconds to import: bad flags and `tandem status` should not wait for them
         from deploy.launch import check_port, deployment
         from deploy.models import resolve

