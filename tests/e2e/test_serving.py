@@ -238,15 +238,14 @@ def test_a_request_outlives_the_proxy_that_took_it(tiny: Path) -> None:
     """Serve replaces HAProxy whenever its routers change, the last time right after the start: the old process gets
     this signal and has to finish what it has, however long that takes."""
     slowly = {"TANDEM_SIM_TOKEN_MS": "100", "TANDEM_TOKEN_BUDGET": "16"}
-    with serving(str(tiny), "--runner", "sim", "--prefill", "0", **slowly) as served:
-        with ThreadPoolExecutor(1) as pool:
-            slow = pool.submit(served.complete, list(range(10, 130)), 2, ignore_eos=True)  # 12 s to its first byte
-            wait_until(lambda: any(w["running"] for w in served.status()["workers"]), 20)
-            proxies = [p for p in marked(served.mark) if p.name() == "haproxy"]
-            assert proxies
-            for proxy in proxies:
-                proxy.send_signal(signal.SIGUSR1)
-            assert len(slow.result(timeout=60).tokens) == 2
+    with serving(str(tiny), "--runner", "sim", "--prefill", "0", **slowly) as served, ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(served.complete, list(range(10, 130)), 2, ignore_eos=True)  # 12 s to its first byte
+        wait_until(lambda: any(w["running"] for w in served.status()["workers"]), 20)
+        proxies = [p for p in marked(served.mark) if p.name() == "haproxy"]
+        assert proxies
+        for proxy in proxies:
+            proxy.send_signal(signal.SIGUSR1)
+        assert len(slow.result(timeout=60).tokens) == 2
 
 
 def test_scarce_memory_preempts_and_recomputes_but_changes_no_token(tiny: Path) -> None:
