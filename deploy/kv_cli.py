@@ -13,6 +13,7 @@ import urllib.request
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from deploy.terminal import console, fail
@@ -20,6 +21,7 @@ from deploy.terminal import console, fail
 CALL_S = 30.0
 WALK_S = 3_600.0  # verify reads every byte of every store
 MIB = 2**20
+WIDE = 170  # characters: what the larger tables need
 
 app = typer.Typer(no_args_is_help=True, help="Look at the block stores of a running deployment, pin, drop and verify.")
 Url = Annotated[str, typer.Option(help="a running deployment")]
@@ -35,7 +37,8 @@ LOCAL = "http://127.0.0.1:8000"
 def stats(url: Url = LOCAL, key: Key = "") -> None:
     """How full the tiers are, and every store's own account."""
     state = _ask(url, key, "GET", "/kv")
-    console.print(_tier_table(state["tiers"]), _store_table(state["stores"]))
+    console.print(_tier_table(state["tiers"]))
+    _print_wide(_store_table(state["stores"]))
     if index := state["index"]:
         console.print(f"index: {index['blocks']} blocks, {index['gaps_total']} gaps, {index['behind_s']:.1f} s behind")
     console.print(f"tenants: {', '.join(state['tenants'])}", soft_wrap=True)
@@ -58,7 +61,7 @@ def ls(
         tier = b["tier"] + (", pinned" if b["pinned"] else "")
         row = (b["hash"], b["parent"][:12], str(b["tokens"]), b["store"], tier, str(b["holders"]), b["tenant"])
         table.add_row(*row)
-    console.print(table)
+    _print_wide(table)
     _complain(answer["stores"])
 
 
@@ -153,6 +156,11 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return str(json.load(error)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"{error.url} answered {error.code} {error.reason}"
+
+
+def _print_wide(table: Table) -> None:
+    """Also where a terminal has fewer columns: lines that wrap are better than figures that are cut away."""
+    Console(width=max(WIDE, console.width)).print(table)
 
 
 def _tier_table(tiers: dict[str, Any]) -> Table:
