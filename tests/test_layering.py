@@ -92,6 +92,13 @@ def test_files_stay_small() -> None:
     assert long == {}
 
 
+def test_the_large_folders_have_a_map_of_all_their_files() -> None:
+    for package in ("kvstore", "workers"):
+        text = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text())) or ""
+        names = {p.stem for p in (ROOT / package).glob("*.py")} - {"__init__"}
+        assert names - set(text.replace("(", " ").replace(";", " ").split()) == set(), package
+
+
 WALL_CLOCK = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow"}
 # what people and other programs read, a worker's incarnation, and files' times, of which only the order is used
 TELLS_THE_TIME = {

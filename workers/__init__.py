@@ -1,4 +1,12 @@
-"""One engine and the worker around it: sequence, scheduler, runner, model, sampling, loaders.
+"""One engine, which decides and computes, and the worker around it, which talks to everybody else.
 
-May import cluster, kvstore, kernels.
+    decides              engine  scheduler  sequence  step  fetching  sightings      synchronous; one thread
+    computes             runner (the seam)  model_runner  model  batch  segments  cache  rope  sampling;  sim
+    serves               worker  transfers  handoffs  tier_link  tier  offload  node_store  tasks  counters
+    encodes KV           stored_blocks  quantization
+    reads models         architecture  weights  checkpoint  digest  model_cache  safetensors_writer
+                         gguf  gguf_config  gguf_tensors  gguf_tokenizer
+
+A new policy goes into `scheduler` or `fetching` (pure), a new device behind `runner`, a new transfer beside `handoffs`.
+May import cluster, kvstore, kernels; never ray or router.
 """

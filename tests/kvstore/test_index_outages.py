@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,13 +23,6 @@ from kvstore.mirror import Mirror
 from kvstore.publisher import Publisher
 from kvstore.redis_server import EmbeddedRedis
 from tests.kvstore.rig import fetched, keep, store, store_process, until
-
-
-@pytest.fixture
-def server() -> Iterator[EmbeddedRedis]:
-    made = EmbeddedRedis()
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,6 @@ from kvstore import publisher
 from kvstore.index import Index
 from kvstore.redis_server import EmbeddedRedis
 from tests.kvstore.rig import Target, hashes_for, keep, reader, store, until, writer
-
-
-@pytest.fixture
-def server() -> Iterator[EmbeddedRedis]:
-    made = EmbeddedRedis()
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -76,6 +76,7 @@ class Both(Site):
         tries = 0
         while int8 and self.load(name).offloaded_blocks_total == 0:  # no store of that kind was there for those before
             tries += 1
+            assert tries < 200, "the worker never found its int8 store"
             own: dict[str, Any] = {"prompt": (tries,) * 5, "salt": name.encode(), "exact": False}
             answer = await prefill(self.clients[name], f"try-{name}-{tries}", **own)
             await self.decode(name, f"tried-{name}-{tries}", answer, new=2, **own)
