@@ -20,6 +20,7 @@ from typing import Any
 import msgpack
 
 from cluster import messages as m
+from cluster import shard_messages as w
 from cluster import store_messages as s
 from cluster.errors import ProtocolError
 
@@ -29,6 +30,8 @@ MESSAGES: tuple[type, ...] = (
     s.Hello, s.Welcome, s.BlockKey, s.Reserve, s.Slab, s.Reserved, s.Sealed, s.Seal, s.Finish, s.Revoke, s.Hold,
     s.Held, s.Release, s.Session, s.Follow, s.Fragment, s.FollowEnd, s.StatRequest, s.StoreStat,
     s.Find, s.Found, s.Fetch, s.List, s.BlockInfo, s.Listing, s.Pin, s.Drop, s.Verify, s.Count, s.Fragments,
+    w.Joined, w.Loaded, w.Failed, w.Admitted, w.StepPlan, w.StepResult, w.WriteBlocks, w.Written, w.FollowBlocks,
+    w.Followed, w.StoredRun, w.FetchBlocks, w.FetchedRun, w.FetchedBlocks, w.CancelBlocks,
 )  # fmt: skip
 _CODES: dict[type, int] = {cls: code for code, cls in enumerate(MESSAGES)}
 _FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(f.name for f in dataclasses.fields(cls)) for cls in MESSAGES}

@@ -50,7 +50,11 @@ class Config(pydantic.BaseModel):
     # who serves it
     prefill: int = Field(1, ge=0, le=1024, description="prefill workers; 0: decode workers do both")
     decode: int = Field(1, ge=1, le=1024, description="decode workers")
-    threads: int = Field(0, ge=0, description="CPU threads per worker; 0: cores / workers")
+    prefill_tp: int = Field(1, ge=1, le=64, description="tensor parallel ranks of a prefill worker")
+    prefill_pp: int = Field(1, ge=1, le=64, description="pipeline stages of a prefill worker")
+    decode_tp: int = Field(1, ge=1, le=64, description="tensor parallel ranks of a decode worker")
+    decode_pp: int = Field(1, ge=1, le=64, description="pipeline stages of a decode worker")
+    threads: int = Field(0, ge=0, description="CPU threads per shard; 0: cores / shards")
     runner: Literal["torch", "sim"] = Field("torch", description="sim: no weights, tokens from a hash")
     sim_step_ms: float = Field(0.0, ge=0, description="sim runner: milliseconds of any step")
     sim_token_ms: float = Field(0.0, ge=0, description="sim runner: milliseconds per computed token")
@@ -80,6 +84,9 @@ class Config(pydantic.BaseModel):
     request_timeout: float = Field(600.0, gt=0, description="longest life of a request")
     hold_timeout: float = Field(30.0, gt=0, description="how long an unclaimed handoff keeps its blocks")
     worker_timeout: float = Field(10.0, gt=0, description="silence after which a worker counts as lost")
+    step_timeout: float = Field(
+        60.0, gt=0, description="longest step of a worker's shards before they count as stalled"
+    )
 
     @pydantic.field_validator("secret")
     @classmethod

@@ -2,6 +2,7 @@
 
     decides              engine  scheduler  sequence  step  fetching  sightings      synchronous; one thread
     computes             runner (the seam)  model_runner  model  batch  segments  cache  rope  sampling;  sim
+    in shards            shard  links
     serves               worker  transfers  handoffs  tier_link  tier  offload  node_store  tasks  counters
     encodes KV           stored_blocks  quantization
     reads models         architecture  weights  checkpoint  digest  model_cache  safetensors_writer

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 from cluster.errors import ModelError
 from kvstore.layout import Layout
+from workers.shard import Sizes
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",  # Llama 2 and 3.x, SmolLM2
@@ -136,6 +137,12 @@ def layout(architecture: Architecture, dtype: str, block_size: int) -> Layout:
         dtype=dtype,
         itemsize=ITEMSIZE[dtype],
     )
+
+
+def sizes(architecture: Architecture) -> Sizes:
+    """What of it tensor and pipeline parallelism divide."""
+    a = architecture
+    return Sizes(a.num_heads, a.num_kv_heads, a.num_layers, a.intermediate_size, a.vocab_size)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

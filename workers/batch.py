@@ -35,9 +35,7 @@ class StepBatch:
 
 def build_batch(chunks: Sequence[Chunk], layout: Layout, windows: Iterable[int], device: torch.device) -> StepBatch:
     """`windows` are the sliding windows that occur in the model, 0 for none. At least one chunk."""
-    decode = sorted(
-        (i for i, chunk in enumerate(chunks) if chunk.take == 1), key=lambda i: -chunks[i].sequence.computed
-    )
+    decode = sorted((i for i, chunk in enumerate(chunks) if chunk.take == 1), key=lambda i: -chunks[i].first)
     order = decode + [i for i, chunk in enumerate(chunks) if chunk.take > 1]  # row order -> index of the chunk
     spans: list[Span] = []
     token_ids: list[int] = []
@@ -66,10 +64,9 @@ def build_batch(chunks: Sequence[Chunk], layout: Layout, windows: Iterable[int],
 
 
 def _span(chunk: Chunk, row: int, block_size: int) -> Span:
-    first = chunk.sequence.computed
-    last = first + chunk.take
+    last = chunk.first + chunk.take
     blocks = chunk.sequence.block_table[: -(-last // block_size)]
-    return Span(row, first, last, np.asarray(blocks, np.int64))
+    return Span(row, chunk.first, last, np.asarray(blocks, np.int64))
 
 
 def _write_rows(blocks: Ints, slots: Ints, layout: Layout) -> Ints:  # [T], [T] -> [T * 2 * Hkv]

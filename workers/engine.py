@@ -138,9 +138,10 @@ class Engine:
         return replace(done, computed=sum(chunk.take for chunk in schedule.chunks))
 
     def _run(self, chunks: list[Chunk]) -> None:
-        work = [(chunk.take, chunk.sequence.computed) for chunk in chunks]
+        work = [(chunk.take, chunk.first) for chunk in chunks]
         began = time.monotonic()
-        tokens = self.runner.run(chunks)
+        self.runner.submit(chunks)
+        tokens = self.runner.collect()
         if any(take > 1 for take, _ in work):
             self.model.observe_step(work, 1000 * (time.monotonic() - began))
         for chunk, token in zip(chunks, tokens, strict=True):

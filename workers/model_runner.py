@@ -14,24 +14,26 @@ import torch
 
 from cluster.errors import ModelError
 from kvstore.layout import Layout
-from workers.architecture import Architecture, layout, load_architecture
+from workers.architecture import Architecture, layout, load_architecture, sizes
 from workers.batch import build_batch
 from workers.cache import KvCache
 from workers.model import Decoder
 from workers.rope import rope_table
-from workers.runner import Chunk
+from workers.runner import Alone, Chunk
 from workers.sampling import Draw, sample
+from workers.shard import whole
 from workers.weights import load_weights
 
 MIB = 2**20
 
 
-class ModelRunner:
+class ModelRunner(Alone):
     def __init__(
         self, architecture: Architecture, decoder: Decoder, cache: KvCache, block_layout: Layout, max_context: int
     ) -> None:
         self.architecture = architecture
         self.layout = block_layout
+        self.shard = whole(sizes(architecture))
         self.num_blocks = cache.blocks.shape[0]
         self.vocab_size = architecture.vocab_size
         self.max_context = max_context

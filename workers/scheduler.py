@@ -58,7 +58,7 @@ class Scheduler:
                 if victim is sequence:
                     break
             if sequence.state is State.RUNNING:
-                chunks[sequence.id] = Chunk(sequence, take)
+                chunks[sequence.id] = Chunk(sequence, sequence.computed, take)
                 budget -= take
         if not schedule.preempted:
             self._admit(chunks, schedule, budget)
@@ -96,7 +96,7 @@ class Scheduler:
             schedule.admitted.append((sequence, choice))
             sequence.state = State.RUNNING
             self.running.append(sequence)
-            chunks[sequence.id] = Chunk(sequence, upto - computed)
+            chunks[sequence.id] = Chunk(sequence, computed, upto - computed)
             budget -= upto - computed
 
     def _upto(self, sequence: Sequence, choice: Choice, computed: int, budget: int) -> int:

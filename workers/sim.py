@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.layout import Layout
-from workers.runner import Chunk
+from workers.runner import Alone, Chunk
+from workers.shard import Sizes, whole
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -36,7 +37,11 @@ def sim_layout(block_size: int) -> Layout:
     return Layout(heads=2, layers=2, tokens=block_size, dim=2, dtype="float32", itemsize=4)
 
 
-class SimRunner:
+def sim_sizes(layout: Layout, vocab_size: int) -> Sizes:
+    return Sizes(layout.heads, layout.heads, layout.layers, layout.heads, vocab_size)
+
+
+class SimRunner(Alone):
     def __init__(
         self,
         layout: Layout,
@@ -48,6 +53,7 @@ class SimRunner:
         if layout.dim * layout.itemsize % 4:
             raise ValueError("a KV row must hold whole 32-bit words")
         self.layout = layout
+        self.shard = whole(sim_sizes(layout, vocab_size))
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
         self._timings = timings or Timings()
@@ -60,15 +66,15 @@ class SimRunner:
         return flat
 
     def run(self, chunks: list[Chunk]) -> list[int | None]:
-        new, context = sum(c.take for c in chunks), sum(c.sequence.computed for c in chunks)
+        new, context = sum(c.take for c in chunks), sum(c.first for c in chunks)
         if seconds := self._timings.step(new, context):
             self._sleep(seconds)
         return [self._chunk(chunk) for chunk in chunks]
 
     def _chunk(self, chunk: Chunk) -> int | None:
         sequence, size = chunk.sequence, self.layout.tokens
-        end = sequence.computed + chunk.take
-        for position in range(sequence.computed, end):
+        end = chunk.first + chunk.take
+        for position in range(chunk.first, end):
             block = sequence.block_table[position // size]
             self._cache[block, :, position % size, :] = sequence.tokens[position] + 1
         if not chunk.samples:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import messages as m
+from cluster import shard_messages as w
 from cluster import store_messages as s
 from cluster.codec import MESSAGES, decode, encode
 from cluster.errors import ProtocolError
@@ -74,5 +75,5 @@ def test_what_is_not_a_message_cannot_be_sent() -> None:
 
 
 def test_every_message_class_has_a_code() -> None:
-    classes = {c for words in (m, s) for c in vars(words).values() if getattr(c, "__module__", "") == words.__name__}
+    classes = {c for words in (m, s, w) for c in vars(words).values() if getattr(c, "__module__", "") == words.__name__}
     assert {c for c in classes if isinstance(c, type)} == set(MESSAGES)

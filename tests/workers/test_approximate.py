@@ -20,7 +20,7 @@ from tests.workers.site import CONFIG, FULL, KEY, PROMPT, Site, generation, pref
 from tests.workers.tiny_models import build, load, reference
 from workers.model_runner import ModelRunner
 from workers.quantization import Int8Codec
-from workers.runner import Chunk
+from workers.runner import Alone, Chunk
 from workers.stored_blocks import EncodedBlocks
 from workers.worker import Worker, WorkerSettings
 
@@ -29,12 +29,12 @@ CONTEXT = 128
 NEW = 8
 
 
-class Recorder:
+class Recorder(Alone):
     """A model slow enough for fetches to be worth it; keeps the KV of each sequence's prompt as it was used."""
 
     def __init__(self, model: ModelRunner) -> None:
         self.layout, self.num_blocks, self.vocab_size = model.layout, model.num_blocks, model.vocab_size
-        self.block = model.block
+        self.shard = model.shard
         self.used: dict[str, Block] = {}  # sequence id -> bytes of its prompt's full blocks
         self._model = model
 
@@ -46,6 +46,9 @@ class Recorder:
             if full and sequence.id not in self.used:
                 self.used[sequence.id] = np.concatenate([self.block(block) for block in sequence.block_table[:full]])
         return tokens
+
+    def block(self, index: int) -> Block:
+        return self._model.block(index)
 
     def values(self, name: str) -> Any:
         return self.used[name][: BLOCKS * self.layout.block_bytes].view(np.float32)

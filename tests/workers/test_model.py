@@ -78,7 +78,9 @@ def logits(directory: Path, dtype: str, prompt: list[int], takes: list[int]) -> 
         cache.blocks.fill_(float("nan"))
         made = sequence("a", prompt, torch.randperm(128)[: -(-len(prompt) // BLOCK)].tolist(), GREEDY)
         for take in takes:
-            found = decoder.forward(build_batch([Chunk(made, take)], shape, set(architecture.windows), CPU), cache)
+            found = decoder.forward(
+                build_batch([Chunk(made, made.computed, take)], shape, set(architecture.windows), CPU), cache
+            )
             made.computed += take
     assert found is not None
     return found[0].float()

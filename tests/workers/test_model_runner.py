@@ -25,7 +25,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def advance(runner: Runner, sequences: list[Sequence], takes: list[int] | None = None) -> None:
     """One step; without `takes`, everything that is missing."""
-    chunks = [Chunk(s, take) for s, take in zip(sequences, takes or [s.gap for s in sequences], strict=True)]
+    chunks = [
+        Chunk(s, s.computed, take) for s, take in zip(sequences, takes or [s.gap for s in sequences], strict=True)
+    ]
     for chunk, token in zip(chunks, runner.run(chunks), strict=True):
         chunk.sequence.computed += chunk.take
         if token is not None:
@@ -123,6 +125,6 @@ def test_a_chunk_that_leaves_a_gap_yields_no_token(model: Path) -> None:
         sequence(str(index), prompt, [3 * index, 3 * index + 1, 3 * index + 2], GREEDY)
         for index, prompt in enumerate(prompts([8, 8]))
     ]
-    tokens = runner.run([Chunk(made[0], 1), Chunk(made[1], 8)])
+    tokens = runner.run([Chunk(made[0], made[0].computed, 1), Chunk(made[1], made[1].computed, 8)])
     assert tokens[0] is None
     assert tokens[1] is not None

@@ -121,7 +121,7 @@ def generate(
         sequences.append(sequence(str(index), prompt, [free.pop() for _ in range(need)], sampling))
     while unfinished := [s for s in sequences if s.new_tokens < new_tokens]:
         batch = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        chunks = [Chunk(s, rng.randint(1, min(s.gap, largest_chunk))) for s in batch]
+        chunks = [Chunk(s, s.computed, rng.randint(1, min(s.gap, largest_chunk))) for s in batch]
         for chunk, token in zip(chunks, runner.run(chunks), strict=True):
             assert (token is not None) == chunk.samples
             chunk.sequence.computed += chunk.take
