@@ -29,9 +29,9 @@ MESSAGES: tuple[type, ...] = (
     m.Submit, m.SetRole, m.Ack, m.TokenOutput, m.JobFailed, m.Load, m.StepOutput, m.WorkerInfo, m.StoreInfo,
     s.Hello, s.Welcome, s.BlockKey, s.Reserve, s.Slab, s.Reserved, s.Sealed, s.Seal, s.Finish, s.Revoke, s.Hold,
     s.Held, s.Release, s.Session, s.Follow, s.Fragment, s.FollowEnd, s.StatRequest, s.StoreStat,
-    s.Find, s.Found, s.Fetch, s.List, s.BlockInfo, s.Listing, s.Pin, s.Drop, s.Verify, s.Count, s.Fragments,
-    w.Joined, w.Loaded, w.Failed, w.Admitted, w.StepPlan, w.StepResult, w.WriteBlocks, w.Written, w.FollowBlocks,
-    w.Followed, w.StoredRun, w.FetchBlocks, w.FetchedRun, w.FetchedBlocks, w.CancelBlocks,
+    s.Find, s.Found, s.Fetch, s.List, s.BlockInfo, s.Listing, s.Pin, s.Drop, s.Verify, s.Count, s.Fragments, s.Put,
+    w.Joined, w.Begin, w.Loaded, w.Failed, w.Admitted, w.StepPlan, w.StepResult, w.WriteBlocks, w.Written,
+    w.FollowBlocks, w.Followed, w.StoredRun, w.FetchBlocks, w.FetchedRun, w.FetchedBlocks, w.CancelBlocks,
 )  # fmt: skip
 _CODES: dict[type, int] = {cls: code for code, cls in enumerate(MESSAGES)}
 _FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(f.name for f in dataclasses.fields(cls)) for cls in MESSAGES}

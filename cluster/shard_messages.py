@@ -25,6 +25,13 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class Begin:
+    """All shards have joined: build the links between them, load."""
+
+    rendezvous: str  # where rank 0 listens for the links
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """The shard's weights are in memory and its KV cache is there: it follows plans from now on."""
 
@@ -41,12 +48,11 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A sequence that the shards hear of for the first time, or again after it was preempted."""
+    """A sequence that the shards hear of for the first time, or again after it was preempted. Tokens beyond the
+    generation's and all of its blocks come as the new ones of its chunks."""
 
     slot: int  # names it in plans, until it is in `ended`
     generation: Generation
-    tokens: bytes  # [tokens] all of it so far: prompt, output of earlier attempts and of this one
-    table: bytes  # [blocks] its block table so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,8 @@ class WriteBlocks:
 @dataclass(frozen=True, slots=True)
 class Written:
     checksums: tuple[bytes, ...]  # [N] of the cells of the shard's part, in the order of its own memory
+    code: str = ""  # empty: all is written; else an error code of `cluster.errors`, and nothing is
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)

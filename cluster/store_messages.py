@@ -1,6 +1,6 @@
 """The words that writers and readers of KV blocks say to a block store.
 
-worker -> store    Hello, Reserve, Seal, Finish, Revoke, Session
+worker -> store    Hello, Reserve, Put, Seal, Finish, Revoke, Session
 reader -> store    Hello, Hold, Release;  Follow, Fetch -> stream of Fragments, then one FollowEnd
 anybody -> store   StatRequest -> StoreStat
 """
@@ -115,6 +115,7 @@ class Follow:
     epoch: int
     start: int
     inline: bool  # True: bytes come in the frames; False: the reader maps the arena
+    rectangle: tuple[int, ...] = ()  # what comes inline: head0, head1, layer0, layer1; empty: whole blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,8 @@ class Fragment:
     position: int
     tokens: int
     slab: Slab
-    checksums: bytes
-    offset: int  # of `data` within the block's bytes
+    checksums: bytes  # of the cells that were asked for, with the last part
+    offset: int  # of `data` within the bytes of the block, or of the rectangle of it that was asked for
     data: bytes | memoryview  # empty when the reader maps the arena
     last: bool  # last part of this block
 
@@ -132,6 +133,15 @@ class Fragment:
 class Fragments:
     """Several at once, in order: every message has a price of its own."""
 
+    fragments: tuple[Fragment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Bytes for slabs that the transfer has reserved and not sealed, from a shard on another machine than the store's.
+    Of each fragment `slab`, `offset` within the whole block and `data`, whole cells, count."""
+
+    transfer_id: str
     fragments: tuple[Fragment, ...]
 
 
@@ -165,6 +175,7 @@ class Fetch:
     hashes: tuple[bytes, ...]
     epoch: int
     inline: bool
+    rectangle: tuple[int, ...] = ()  # as in Follow
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,18 +19,19 @@ from cluster.store_messages import Fetch, Follow, FollowEnd, Fragment, Fragments
 from kvstore.arena import Arena
 from kvstore.client import StoreClient
 from kvstore.copying import Block, copy, in_thread
-from kvstore.layout import Layout
+from kvstore.part import Part
 
 MESSAGES_AHEAD = 16  # buffered while a copy runs: at most 16 MiB of frames
 MESSAGES_AT_ONCE = 4  # copied by one call of a thread, which nobody can interrupt
 
 
 class Arrival:
-    """The blocks of one stream as they come in. `take` runs in a thread, one call at a time."""
+    """One part of the blocks of one stream as they come in. `take` runs in a thread, one call at a time."""
 
-    def __init__(self, layout: Layout, tokens: int, start: int, write_block: Callable[[int], Block]) -> None:
+    def __init__(self, part: Part, tokens: int, start: int, write_block: Callable[[int], Block]) -> None:
         self.position = start  # blocks before it are good
-        self._layout = layout
+        self.part = part
+        self._layout = part.own
         self._tokens = tokens
         self._start = start
         self._write_block = write_block
@@ -60,7 +61,7 @@ class Arrival:
         # checked on both sides of the copy: a slab changes hands only after its generation did
         before = arena.generation(index)
         # all of a partial block too: attention multiplies what lies behind its tokens by zero, so it must be finite
-        self._write_block(self.position)[:] = arena.slab(index)
+        self.part.read(self._write_block(self.position), arena.slab(index))
         if not before == generation == arena.generation(index):
             raise Expired(f"block {self.position} was given away while it was copied")
         self.position += 1

@@ -15,7 +15,7 @@ from cluster.store_messages import Fetch, Find, FollowEnd, Found, Fragments
 from kvstore.chain import Chain
 from kvstore.frames import frames
 from kvstore.layout import Layout
-from kvstore.limits import check_hashes
+from kvstore.limits import asked_part, check_hashes
 from kvstore.tiers import Tiers
 
 
@@ -49,13 +49,14 @@ class BlockVerbs:
         check_hashes(message.hashes)
         if message.epoch != self._tiers.arena.epoch:
             raise EpochMismatch("the store has restarted since it was found; look again")
+        part = asked_part(message.rectangle, self._layout)
         chain = Chain(self._tiers, message.hashes)
         # not `finally`: it would not run before garbage collection when the stream breaks while a message is sent
         context.add_done_callback(lambda _: self._release(chain))
         position = 0
         while ready := await chain.ready(position):
             blocks = [(position + i, self._layout.tokens, entry) for i, entry in enumerate(ready)]
-            for frame in frames(self._tiers.arena, self._layout, blocks, message.inline):
+            for frame in frames(self._tiers.arena, part, blocks, message.inline):
                 yield frame
             position += len(ready)
             self.fetched += len(ready)

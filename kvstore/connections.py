@@ -1,4 +1,4 @@
-"""This process's connections to block stores: one per store, shared by all who read.
+"""This process's connections to block stores: one per store, shared by all who copy.
 
 Whoever asks says which start of the store it means (its epoch); another start is an error, never a silent substitute.
 A store that restarts, and a mapped arena whose store is gone, are let go of. Addresses may come from an index that
@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 
 
 class Connections:
-    """`force_inline` takes the path between machines even on one."""
+    """`force_inline` takes the path between machines even on one; `writable` is for who copies into reserved slabs."""
 
-    def __init__(self, secret: str, layout: Layout, *, force_inline: bool = False) -> None:
+    def __init__(self, secret: str, layout: Layout, *, force_inline: bool = False, writable: bool = False) -> None:
         self.layout = layout
         self.reputation = Reputation()
         self._secret = secret
         self._force_inline = force_inline
+        self._writable = writable
         self._clients: dict[str, StoreClient] = {}  # store address -> connection to its present start
         self._handshakes: dict[str, asyncio.Task[StoreClient]] = {}  # store address -> the one that is under way
         self._closed = False
@@ -75,7 +76,7 @@ class Connections:
     async def _handshake(self, address: str) -> StoreClient:
         client = StoreClient(address, self._secret, "reader", self.layout)
         try:
-            await client.connect(inline=self._force_inline)
+            await client.connect(writable=self._writable, inline=self._force_inline)
         except BaseException:
             await client.close()
             raise

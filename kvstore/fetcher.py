@@ -26,7 +26,7 @@ from kvstore.arrival import Arrival, arrive
 from kvstore.client import StoreClient
 from kvstore.connections import Connections
 from kvstore.copying import Block, outlast
-from kvstore.layout import Layout
+from kvstore.part import Part
 
 STREAMS = 2  # per run from another machine, each on a channel of its own
 Path = Literal["memory", "disk", "remote"]
@@ -63,7 +63,7 @@ class _Run:
         self.error: TandemError | None = None
         self._began = 0.0
 
-    def begin(self, client: StoreClient, layout: Layout, write_block: Callable[[int], Block]) -> None:
+    def begin(self, client: StoreClient, part: Part, write_block: Callable[[int], Block]) -> None:
         """Divide it into streams: one where only slab numbers travel."""
         mapped = client.arena is not None
         if not mapped or self.source.path == "remote":  # who named the source could not know
@@ -72,7 +72,7 @@ class _Run:
         count = 1 if mapped else min(STREAMS, len(places))
         for first in range(count):
             own = places[first::count]
-            arrival = Arrival(layout, len(own) * layout.tokens, 0, partial(_nth, write_block, own))
+            arrival = Arrival(part, len(own) * part.layout.tokens, 0, partial(_nth, write_block, own))
             self.streams.append((own, arrival))
         self._began = time.monotonic()
 
@@ -93,8 +93,11 @@ def _nth(write_block: Callable[[int], Block], places: range, n: int) -> Block:
 
 
 class BlockFetcher:
-    def __init__(self, connections: Connections) -> None:
+    """`part`: the one of every block that is fetched; None: all of it."""
+
+    def __init__(self, connections: Connections, part: Part | None = None) -> None:
         self._connections = connections
+        self._part = part or Part(connections.layout)
         self._reports: set[asyncio.Task[None]] = set()
 
     async def fetch(
@@ -105,7 +108,7 @@ class BlockFetcher:
         timeout_s: float,
     ) -> Fetched:
         """Fill the blocks of the sources; `hashes` is the whole chain. `write_block(index in the chain)` gives the
-        memory [layout.block_bytes] to fill, from a thread; nothing is written to it once this has returned or been
+        memory [part.own.block_bytes] to fill, from a thread; nothing is written to it once this has returned or been
         cancelled."""
         assert all(a.stop == b.start for a, b in itertools.pairwise(sources)), "sources must be consecutive"
         runs = [_Run(source) for source in sources]
@@ -149,7 +152,7 @@ class BlockFetcher:
             await asyncio.wait([before])
         try:
             client = await self._client(run.source)
-            run.begin(client, self._connections.layout, write_block)
+            run.begin(client, self._part, write_block)
             await self._streams(run, client, hashes, timeout_s)
         except TandemError as error:
             run.error = error
@@ -169,7 +172,7 @@ class BlockFetcher:
         tasks = []
         for channel, (positions, arrival) in enumerate(run.streams):
             names = tuple(hashes[position] for position in positions)
-            fetch = Fetch(names, run.source.epoch, inline)
+            fetch = Fetch(names, run.source.epoch, inline, self._part.wire)
             tasks.append(asyncio.create_task(arrive(client, fetch, arrival, timeout_s, channel)))
         try:
             await asyncio.wait(tasks)

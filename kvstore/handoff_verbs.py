@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
+
 from cluster.errors import EpochMismatch, NoSpace, ProtocolError
 from cluster.messages import Ack
 from cluster.rpc import Stream, Unary
@@ -21,6 +23,7 @@ from cluster.store_messages import (
     Fragments,
     Held,
     Hold,
+    Put,
     Release,
     Reserve,
     Reserved,
@@ -31,7 +34,7 @@ from cluster.store_messages import (
 from kvstore.frames import frames
 from kvstore.layout import Layout
 from kvstore.ledger import Ledger, Transfer
-from kvstore.limits import check_reserve, check_seal
+from kvstore.limits import asked_part, check_put, check_reserve, check_seal
 from kvstore.presence import present
 from kvstore.tiers import Tiers
 
@@ -44,6 +47,7 @@ class HandoffVerbs:
         self.sealed_bytes = 0
         self.unary: dict[str, Unary] = {
             "Reserve": self._reserve,
+            "Put": self._put,
             "Seal": self._seal,
             "Finish": self._finish,
             "Revoke": self._revoke,
@@ -102,6 +106,15 @@ class HandoffVerbs:
             self._tiers.settle()
         return Reserved(slabs)
 
+    async def _put(self, message: Put, _: Any) -> Ack:
+        """Not in a thread: between the look at who has the slabs and the copy nothing may happen."""
+        check_put(message, self._layout)
+        self._ledger.check_writable(message.transfer_id, [part.slab for part in message.fragments], time.monotonic())
+        for part in message.fragments:
+            end = part.offset + len(part.data)
+            self._arena.slab(part.slab.index)[part.offset : end] = np.frombuffer(part.data, np.uint8)
+        return Ack()
+
     async def _seal(self, message: Seal, _: Any) -> Ack:
         check_seal(message, self._layout)
         new = self._ledger.seal(message.transfer_id, message.blocks, time.monotonic())
@@ -131,6 +144,7 @@ class HandoffVerbs:
     async def _follow(self, message: Follow, context: Any) -> AsyncIterator[Fragments | FollowEnd]:
         if message.epoch != self._arena.epoch:
             raise EpochMismatch("the store has restarted since this handoff was made; recompute it")
+        part = asked_part(message.rectangle, self._layout)
         transfer = self._ledger.follow(message.transfer_id, time.monotonic())
         news = asyncio.Event()
         self._news.setdefault(transfer.id, set()).add(news)
@@ -139,7 +153,7 @@ class HandoffVerbs:
         while True:
             news.clear()
             ready = transfer.ready(position)
-            for frame in frames(self._arena, self._layout, ready, message.inline):
+            for frame in frames(self._arena, part, ready, message.inline):
                 yield frame
             position += len(ready)
             if ready:

@@ -10,7 +10,7 @@ that a writer lost without saying so is quarantined until it says so (`revoke`) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import Expired, NoSpace, ProtocolError, StoreError, TandemError, WorkerLost
@@ -107,6 +107,14 @@ class Ledger:
             transfer_id, client_id, tuple(keys), [*entries], hold_s, deadline, tenant
         )
         return tuple(Slab(entry.index, entry.generation, entry.state is State.HELD) for entry in entries)
+
+    def check_writable(self, transfer_id: str, slabs: Collection[Slab], now: float) -> None:
+        """Whether these are the transfer's, and reserved. Raises Expired, ProtocolError."""
+        transfer = self._writable(transfer_id, now)
+        reserved = {(e.index, e.generation) for e in transfer.entries if e is not None and e.state is State.RESERVED}
+        for slab in slabs:
+            if (slab.index, slab.generation) not in reserved:
+                raise ProtocolError(f"slab {slab.index} is not reserved for transfer {transfer_id} any more")
 
     def seal(self, transfer_id: str, blocks: Sequence[Sealed], now: float) -> int:
         """These blocks' bytes are in their slabs. Sealing twice is sealing once. Returns how many were new.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.errors import ProtocolError
-from cluster.store_messages import Reserve, Seal
+from cluster.store_messages import Put, Reserve, Seal
 from kvstore.block_file import TENANT_BYTES
 from kvstore.hashing import HASH_BYTES
-from kvstore.layout import Layout
+from kvstore.layout import Layout, Rectangle
+from kvstore.part import Part
 
 MAX_HASHES = 4096  # per request
 
@@ -31,6 +32,26 @@ def check_reserve(message: Reserve, layout: Layout) -> None:
             raise ProtocolError(f"a block has 1 to {layout.tokens} tokens, and as many ids or none")
         if key.hash and key.tokens != layout.tokens:
             raise ProtocolError("only a full block has a hash")
+
+
+def asked_part(rectangle: Sequence[int], layout: Layout) -> Part:
+    """What a reader asks for of every block; `rectangle` is as in Follow."""
+    if not rectangle:
+        return Part(layout)
+    if len(rectangle) != 4:
+        raise ProtocolError("a rectangle is head0, head1, layer0, layer1")
+    head0, head1, layer0, layer1 = rectangle
+    if not (0 <= head0 < head1 <= layout.heads and 0 <= layer0 < layer1 <= layout.layers):
+        raise ProtocolError(f"no rectangle of {layout.heads} heads and {layout.layers} layers: {tuple(rectangle)}")
+    return Part(layout, Rectangle(head0, head1, layer0, layer1))
+
+
+def check_put(message: Put, layout: Layout) -> None:
+    for part in message.fragments:
+        if part.offset % layout.cell_bytes or len(part.data) % layout.cell_bytes:
+            raise ProtocolError("the bytes of a block come in whole cells")
+        if not 0 <= part.offset <= part.offset + len(part.data) <= layout.block_bytes:
+            raise ProtocolError(f"a block has {layout.block_bytes} bytes and some were put elsewhere")
 
 
 def check_seal(message: Seal, layout: Layout) -> None:

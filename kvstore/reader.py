@@ -17,6 +17,7 @@ from cluster.store_messages import Follow, Held, Hold, Release
 from kvstore.arrival import Arrival, arrive
 from kvstore.connections import Connections
 from kvstore.copying import Block
+from kvstore.part import Part
 
 log = logging.getLogger(__name__)
 
@@ -33,31 +34,42 @@ class Received:
 
 
 class HandoffReader:
-    def __init__(self, connections: Connections) -> None:
+    """`part`: the one of every block that is read; None: all of it."""
+
+    def __init__(self, connections: Connections, part: Part | None = None) -> None:
         self._connections = connections
+        self._part = part or Part(connections.layout)
         self._releases: set[asyncio.Task[None]] = set()
 
     async def receive(
         self, handoff: Handoff, start: int, tokens: int, write_block: Callable[[int], Block], timeout_s: float
     ) -> Received:
-        """Fetch the blocks `start`.. of the KV of `tokens`, waiting for those still being computed, then release the
-        transfer. `write_block(position)` gives the memory [layout.block_bytes] to fill, from a thread; nothing is
-        written to it once this has returned or been cancelled."""
+        """`follow` it, then release the transfer."""
+        try:
+            return await self.follow(handoff, start, tokens, write_block, timeout_s)
+        finally:
+            self.release_later(handoff)
+
+    async def follow(
+        self, handoff: Handoff, start: int, tokens: int, write_block: Callable[[int], Block], timeout_s: float
+    ) -> Received:
+        """Fetch the blocks `start`.. of the KV of `tokens`, waiting for those still being computed.
+        `write_block(position)` gives the memory [part.own.block_bytes] to fill, from a thread; nothing is written to it
+        once this has returned or been cancelled."""
         began = time.monotonic()
-        arrival = Arrival(self._connections.layout, tokens, start, write_block)
+        arrival = Arrival(self._part, tokens, start, write_block)
         first_token: int | None = None
         error: TandemError | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 client = await self._connections.get(handoff.store, handoff.epoch)
-                follow = Follow(handoff.transfer_id, handoff.epoch, start, inline=client.arena is None)
+                rectangle, inline = self._part.wire, client.arena is None
+                follow = Follow(handoff.transfer_id, handoff.epoch, start, inline, rectangle)
                 first_token = await arrive(client, follow, arrival, timeout_s)
         except TimeoutError:
             error = DeadlineExceeded(f"handoff {handoff.transfer_id} did not arrive within {timeout_s:.0f} s")
         except TandemError as failure:
             error = failure
-        finally:
-            self._release(handoff)
         return Received(arrival.position, first_token, arrival.received_bytes, time.monotonic() - began, error)
 
     async def hold(self, handoff: Handoff, ttl_ms: int) -> int:
@@ -76,7 +88,7 @@ class HandoffReader:
         if self._releases:
             await asyncio.wait(self._releases)
 
-    def _release(self, handoff: Handoff) -> None:
+    def release_later(self, handoff: Handoff) -> None:
         """In the background: neither the next token nor a cancellation should wait for it."""
         task = asyncio.create_task(self._release_now(handoff))
         self._releases.add(task)

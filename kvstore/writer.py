@@ -1,7 +1,8 @@
 """The prefill end of a handoff: blocks go from a worker's KV cache into its node's store.
 
 A writer shares its store's memory and holds two signs of life: a session stream, whose end tells the store to give up
-what is not sealed, and a locked file, which says when nobody can be writing to it any more.
+what is not sealed, and a locked file, which says when nobody can be writing to it any more. It reserves and seals; how
+bytes come into slabs is for `slab_writer` to say, and for others who copy for several shards.
 """
 
 from __future__ import annotations
@@ -9,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from cluster.errors import DeadlineExceeded, Expired, StoreError, TandemError, Unavailable, WorkerLost
 from cluster.messages import Ack, Handoff
 from cluster.store_messages import BlockKey, Finish, Release, Reserve, Reserved, Revoke, Seal, Sealed, Session, Slab
-from kvstore.arena import Arena
 from kvstore.client import CALL_S, StoreClient
-from kvstore.copying import Block, copy, in_thread
 from kvstore.layout import Layout
 from kvstore.presence import Presence
+from kvstore.slab_writer import BlockSource
 
 SILENCE_S = 5.0  # a store says something every second
 SEAL_BYTES = 32 * 2**20  # of blocks that are copied before the store is told
@@ -31,15 +30,15 @@ log = logging.getLogger(__name__)
 class HandoffWriter:
     """Make one per StoreClient, then `connect`; when `connected` turns false its transfers are lost: make a new pair.
 
-    `read_block(block_id)` gives the bytes [layout.block_bytes] of a block that nobody changes until `send` returns."""
+    `source` copies blocks that nobody changes until `send` returns."""
 
-    def __init__(self, client: StoreClient, layout: Layout, read_block: Callable[[int], Block]) -> None:
+    def __init__(self, client: StoreClient, layout: Layout, source: BlockSource) -> None:
         self.connected = False
         self._client = client
         self._layout = layout
-        self._read_block = read_block
+        self._source = source
         self._transfers: dict[str, tuple[Slab, ...]] = {}  # transfer -> the slab of each of its blocks
-        self._copies: set[asyncio.Task[tuple[Sealed, ...]]] = set()  # under way in threads
+        self._copies: set[asyncio.Task[Sequence[bytes]]] = set()  # under way
         self._revokes: set[asyncio.Task[None]] = set()
         self._serial = itertools.count()  # numbers the transfers of `store`
         self._presence: Presence | None = None
@@ -90,7 +89,7 @@ class HandoffWriter:
         keys = [name if isinstance(name, BlockKey) else BlockKey(name, self._layout.tokens) for name in names]
         if rest:
             keys.append(BlockKey(b"", rest))
-        self._arena()
+        self._check_connected()
         request = Reserve(transfer_id, self._client.client_id, tuple(keys), hold_ms, tenant)
         try:
             reserved: Reserved = await self._client.call("Reserve", request)
@@ -105,15 +104,15 @@ class HandoffWriter:
         """Copy the (position in the transfer, block id) pairs and seal them; what the store has already is skipped.
 
         Raises Expired or whatever else ended the transfer; it is given up then."""
-        arena = self._arena()
+        self._check_connected()
         slabs = self._transfers.get(transfer_id)
         if slabs is None:
             raise Expired(f"transfer {transfer_id} has ended; reserve again")
-        todo = [(position, block, slabs[position].index) for position, block in blocks if not slabs[position].sealed]
+        todo = [(position, block, slabs[position]) for position, block in blocks if not slabs[position].sealed]
         if not todo:
             return
         try:
-            await self._copy_and_seal(transfer_id, arena, todo)
+            await self._copy_and_seal(transfer_id, todo)
         except TandemError:
             # nothing is being copied, so the store may have the space back even if it had put it into quarantine
             await self._give_back(transfer_id, "Seal failed")
@@ -150,17 +149,19 @@ class HandoffWriter:
         self._transfers.pop(transfer_id, None)
         await self._client.call("Revoke", Revoke(transfer_id, reason))
 
-    async def _copy_and_seal(self, transfer_id: str, arena: Arena, todo: Sequence[tuple[int, int, int]]) -> None:
+    async def _copy_and_seal(self, transfer_id: str, todo: Sequence[tuple[int, int, Slab]]) -> None:
         """Some blocks are copied while the store is told of those before, and readers can start on these. A seal that
         fails shows when no copy is under way."""
         step = max(1, SEAL_BYTES // self._layout.block_bytes)
         sealing: asyncio.Task[Any] | None = None
         try:
             for first in range(0, len(todo), step):
-                task = asyncio.create_task(in_thread(partial(self._copy, arena, todo[first : first + step])))
+                positions, blocks, slabs = zip(*todo[first : first + step], strict=True)
+                copying = self._source.write(self._client, transfer_id, blocks, slabs)
+                task = asyncio.create_task(copying)
                 self._copies.add(task)
                 task.add_done_callback(self._copies.discard)
-                sealed = await task
+                sealed = tuple(map(Sealed, positions, await task))
                 if sealing is not None:
                     await sealing
                 sealing = asyncio.create_task(self._client.call("Seal", Seal(transfer_id, sealed)))
@@ -182,16 +183,9 @@ class HandoffWriter:
         except TandemError as error:
             log.warning("transfer %s could not be revoked, its hold will run out: %s", transfer_id, error.message)
 
-    def _arena(self) -> Arena:
-        if not self.connected or self._client.arena is None:
+    def _check_connected(self) -> None:
+        if not self.connected:
             raise WorkerLost(f"the connection to the store at {self._client.address} is lost; connect again")
-        return self._client.arena
-
-    def _copy(self, arena: Arena, todo: Sequence[tuple[int, int, int]]) -> tuple[Sealed, ...]:
-        sealed = []
-        for position, block_id, index in todo:
-            sealed.append(Sealed(position, copy(arena.slab(index), self._read_block(block_id), self._layout)))
-        return tuple(sealed)
 
     async def _watch(self, acks: AsyncIterator[Ack]) -> None:
         try:

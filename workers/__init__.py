@@ -1,11 +1,12 @@
 """One engine, which decides and computes, and the worker around it, which talks to everybody else.
 
-    decides              engine  scheduler  sequence  step  fetching  sightings      synchronous; one thread
+    decides              engine  scheduler  in_flight  sequence  step  fetching  sightings      synchronous; one thread
     computes             runner (the seam)  model_runner  model  batch  segments  cache  rope  sampling;  sim
-    in shards            shard  links
+    in shards            shard  links  process_links  vocabulary;  lead  follower  step_plan  control  assembly
     serves               worker  transfers  handoffs  tier_link  tier  offload  node_store  tasks  counters
+    copies blocks        block_mover (the seam)  all_shards  shard_peers  shard_answers;  shard_blocks (the others' end)
     encodes KV           stored_blocks  quantization
-    reads models         architecture  weights  checkpoint  digest  model_cache  safetensors_writer
+    reads models         architecture  weights  slices  checkpoint  digest  model_cache  safetensors_writer
                          gguf  gguf_config  gguf_tensors  gguf_tokenizer
 
 A new policy goes into `scheduler` or `fetching` (pure), a new device behind `runner`, a new transfer beside `handoffs`.

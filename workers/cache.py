@@ -1,4 +1,4 @@
-"""The paged KV cache of one worker: a single tensor, and the views of it that layers and transfers use.
+"""The paged KV cache of one shard: a single tensor, and the views of it that layers and transfers use.
 
 [blocks, kv heads, layers, 2, block size, D], so that a block's bytes are contiguous in the canonical order of
 `kvstore.layout`. Which block belongs to whom is the engine's business.
@@ -17,6 +17,7 @@ from kvstore.layout import Layout
 
 class KvCache:
     def __init__(self, layout: Layout, num_blocks: int, device: torch.device) -> None:
+        """`layout` is that of the shard's part of a block."""
         shape = (num_blocks, layout.heads, layout.layers, 2, layout.tokens, layout.dim)
         self.blocks = torch.empty(shape, dtype=getattr(torch, layout.dtype), device=device)
         self.block_rows = block_rows(self.blocks)  # layer -> [rows, block size * D]

@@ -1,8 +1,11 @@
-"""One step of work after another: schedule, run, commit.
+"""One step of work after another: schedule, submit, collect, commit.
 
 The engine is plain and synchronous: it owns the sequences, the block pool and the runner, is called by one thread, and
 returns everything it wants done outside (tokens to deliver, blocks to send, handoffs to fetch) in a `Step`. It never
-waits, never talks to a network and knows no roles: it takes prefill and decode jobs at any time.
+waits for an event, never talks to a network and knows no roles: it takes prefill and decode jobs at any time.
+
+A runner that is a pipeline has several steps in flight: a step is submitted, and the oldest is collected when no more
+fit or nothing else can be scheduled. What is in flight is not delivered, hit, sent or offered before it was collected.
 
 Blocks that a transfer is reading or writing carry a reference of their own (`pool.retain`), so that a preempted or
 aborted sequence can let go of them at once without anybody copying from, or into, memory that has a new owner.
@@ -10,7 +13,6 @@ aborted sequence can let go of them at once without anybody copying from, or int
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as Several
 from dataclasses import replace
 
@@ -22,6 +24,7 @@ from kvstore.fetcher import Source
 from kvstore.hashing import extend
 from kvstore.layout import Layout
 from workers.fetching import Choice, choose
+from workers.in_flight import InFlight
 from workers.runner import Chunk, Runner
 from workers.sampling import finish
 from workers.scheduler import Scheduler
@@ -53,7 +56,9 @@ class Engine:
         # or one long sequence alone would preempt itself for ever
         assert runner.num_blocks * self.block_size >= max_context, "the KV cache cannot hold one longest sequence"
         self.model = PerfModel(token_budget)
-        self.scheduler = Scheduler(self.pool, self.block_size, token_budget, max_sequences, self._choose)
+        limits = (token_budget, max_sequences, runner.depth)
+        self.scheduler = Scheduler(self.pool, self.block_size, *limits, self._choose)
+        self._in_flight = InFlight(runner)
         self.sequences: dict[str, Sequence] = {}  # id -> every live sequence
         self.steps = self.prompt_tokens = self.cached_tokens = self.output_tokens = self.recomputed_tokens = 0
         self._arriving: dict[str, list[int]] = {}  # id -> blocks that a handoff or a fetch is writing into
@@ -126,27 +131,29 @@ class Engine:
     # -------------------------------------------------------------------------------------------------------- step
     def step(self, now: float) -> Step:
         self._expire(now)
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(len(self._in_flight))
         self._step.lookups.extend(schedule.preempted)
         self._step.receives.extend(self._arrive(sequence) for sequence in schedule.receive)
         for sequence, choice in schedule.admitted:
             self._fetch(sequence, choice)
         if schedule.chunks:
-            self._run(schedule.chunks)
+            self._in_flight.submit(schedule.chunks)
+        due = self._in_flight.full or not schedule.chunks
+        ended = self._collect() if due and self._in_flight else []
         self._offload_oldest()
         done, self._step = self._step, Step()
-        return replace(done, computed=sum(chunk.take for chunk in schedule.chunks))
+        return replace(done, computed=sum(chunk.take for chunk in schedule.chunks or ended))
 
-    def _run(self, chunks: list[Chunk]) -> None:
-        work = [(chunk.take, chunk.first) for chunk in chunks]
-        began = time.monotonic()
-        self.runner.submit(chunks)
-        tokens = self.runner.collect()
+    def _collect(self) -> list[Chunk]:
+        ended = self._in_flight.collect()
+        work = [(chunk.take, chunk.first) for chunk in ended.chunks]
         if any(take > 1 for take, _ in work):
-            self.model.observe_step(work, 1000 * (time.monotonic() - began))
-        for chunk, token in zip(chunks, tokens, strict=True):
-            self._commit(chunk, token)
+            self.model.observe_step(work, 1000 * ended.seconds)
+        for chunk, token in zip(ended.chunks, ended.tokens, strict=True):
+            if self.scheduler.collected(chunk):
+                self._commit(chunk, token)
         self.steps += 1
+        return ended.chunks
 
     def _choose(self, sequence: Sequence, hits: int) -> Choice:
         return choose(sequence.sources, hits, len(sequence.tokens), self.model, self._layouts[sequence.exact])
@@ -193,10 +200,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------ commit
     def _commit(self, chunk: Chunk, token: int | None) -> None:
         sequence = chunk.sequence
-        before = sequence.computed
-        if before < sequence.prompt_length:
-            self.prompt_tokens += min(chunk.take, sequence.prompt_length - before)
-        sequence.computed += chunk.take
+        self.prompt_tokens += max(0, min(chunk.take, sequence.prompt_length - chunk.first))
         self._register(sequence)
         self._offload(sequence)
         if token is not None:

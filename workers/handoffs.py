@@ -21,9 +21,9 @@ from cluster.store_messages import BlockKey
 from kvstore.connections import Connections
 from kvstore.reader import HandoffReader
 from kvstore.writer import HandoffWriter
+from workers.block_mover import BlockMover
 from workers.counters import Counters
 from workers.node_store import NodeStore
-from workers.runner import Runner
 from workers.sequence import Sequence, State
 from workers.step import Send
 from workers.tasks import outcome
@@ -34,19 +34,19 @@ log = logging.getLogger(__name__)
 
 
 class Handoffs:
-    """Writes to `store`; reads over `connections`, which are their owner's to close. `idle` is set while no block is
-    being written that somebody waits for."""
+    """Writes to `store`; asks stores over `connections`, which are their owner's to close. `idle` is set while no block
+    is being written that somebody waits for."""
 
     def __init__(
         self,
-        runner: Runner,
+        mover: BlockMover,
         config: Config,
         store: NodeStore,
         connections: Connections,
         idle: asyncio.Event,
         counters: Counters,
     ) -> None:
-        self._runner = runner
+        self._mover = mover
         self._hold_ms = int(config.hold_timeout * 1000)
         self._store = store
         self._reader = HandoffReader(connections)
@@ -71,7 +71,7 @@ class Handoffs:
         writer = self._store.writer
         if writer is None:
             raise StoreError("this worker has no block store yet")
-        size, tokens = self._runner.layout.tokens, len(sequence.tokens)
+        size, tokens = self._mover.layout.tokens, len(sequence.tokens)
         # approximate KV has no name here: it is for this reader only, and whoever wants exact KV must never find it
         keys = sequence.keys(0, tokens // size, size) if sequence.exact else [BlockKey(b"", size)] * (tokens // size)
         tenant = sequence.generation.tenant
@@ -149,7 +149,7 @@ class Handoffs:
             await asyncio.sleep(self._hold_ms / 3000)
 
     def receive(self, sequence: Sequence, done: Received) -> None:
-        start = sequence.computed // self._runner.layout.tokens
+        start = sequence.computed // self._mover.layout.tokens
         task = asyncio.create_task(self._receive(sequence, start))
         self._receives[sequence.id] = task
 
@@ -171,13 +171,11 @@ class Handoffs:
         """Good blocks from the beginning of the table, first token."""
         handoff, table = sequence.handoff, list(sequence.block_table)
         assert handoff is not None
-        received = await self._reader.receive(
-            handoff,
-            start,
-            len(sequence.tokens),
-            lambda position: self._runner.block(table[position]),
-            timeout_s=max(0.0, sequence.deadline - time.monotonic()),
-        )
+        timeout_s = max(0.0, sequence.deadline - time.monotonic())
+        try:
+            received = await self._mover.follow(handoff, start, len(sequence.tokens), table, timeout_s)
+        finally:
+            self._reader.release_later(handoff)
         self._counters.handoff_bytes_total += received.bytes
         self._counters.handoff_seconds_total += received.seconds
         if received.error is not None:

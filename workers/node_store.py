@@ -19,7 +19,7 @@ from cluster.messages import StoreInfo
 from kvstore.client import StoreClient
 from kvstore.connections import Connections
 from kvstore.writer import HandoffWriter
-from workers.stored_blocks import StoredBlocks
+from workers.block_mover import BlockMover
 
 LOOK_S = 2.0  # how often a connected worker looks whether its preferred store is back; ten times as often without one
 RETIRE_S = 30.0  # how long a connection that was replaced may finish its transfers
@@ -32,13 +32,13 @@ class NodeStore:
     def __init__(
         self,
         worker_id: str,
-        blocks: StoredBlocks,
+        mover: BlockMover,
         identity: Identity,
         connections: Connections,
         changed: Callable[[], None],
     ) -> None:
         self._worker_id = worker_id
-        self._blocks = blocks
+        self._mover = mover
         self._identity = identity
         self._connections = connections
         self._changed = changed
@@ -98,8 +98,8 @@ class NodeStore:
             raise refusal
 
     async def _connect(self, address: str) -> None:
-        client = StoreClient(address, self._identity.secret, self._worker_id, self._blocks.layout)
-        writer = HandoffWriter(client, self._blocks.layout, self._blocks.read)
+        client = StoreClient(address, self._identity.secret, self._worker_id, self._mover.layout)
+        writer = HandoffWriter(client, self._mover.layout, self._mover)
         await writer.connect()
         old, self._client, self._writer = self._writer, client, writer
         if old is not None:

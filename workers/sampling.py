@@ -49,9 +49,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:  # [R, V]
     logits = logits.float()  # argmax over bf16 takes four times as long as the cast and an argmax over fp32
     plain = [draw.greedy and not draw.adjusted for draw in draws]
     best = logits.argmax(-1).tolist() if any(plain) else []
-    return [
-        best[row] if plain[row] else _sample_row(_adjust(logits[row], draw), draw) for row, draw in enumerate(draws)
-    ]
+    return [best[row] if plain[row] else _sample_row(adjust(logits[row], draw), draw) for row, draw in enumerate(draws)]
 
 
 def finish(sampling: Sampling, tokens: Sequence[int], prompt_length: int, max_context: int) -> FinishReason | None:
@@ -72,61 +70,79 @@ def _sample_row(logits: Tensor, draw: Draw) -> int:  # [V]
     return int(token_ids[(values + noise).argmax()])
 
 
-def _adjust(logits: Tensor, draw: Draw) -> Tensor:  # [V] -> [V]
+def adjust(logits: Tensor, draw: Draw, first: int = 0) -> Tensor:  # [N] -> [N]
+    """What the draw compares, of the token ids from `first` on: penalties, bias and min_tokens."""
     if not draw.adjusted:
         return logits
-    s, vocab_size = draw.sampling, logits.shape[0]
+    s, size = draw.sampling, logits.shape[0]
     logits = logits.clone()
     if s.repetition_penalty != 1.0:
-        seen = torch.from_numpy(np.unique(np.asarray(draw.tokens, np.int64)))
+        seen, _ = _within(draw.tokens, first, size)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
-    output = np.asarray(draw.tokens[draw.prompt_length :], np.int64)
-    if output.size and (s.frequency_penalty or s.presence_penalty):
-        written, counts = np.unique(output, return_counts=True)
-        logits[torch.from_numpy(written)] -= s.frequency_penalty * torch.from_numpy(counts) + s.presence_penalty
+    output = draw.tokens[draw.prompt_length :]
+    if output and (s.frequency_penalty or s.presence_penalty):
+        written, counts = _within(output, first, size)
+        logits[written] -= s.frequency_penalty * counts + s.presence_penalty
     # ids that a tokenizer knows and the model has no logit for are legal here: they cannot be drawn anyway
     for token, bias in s.logit_bias:
-        if token < vocab_size:
-            logits[token] += bias
+        if first <= token < first + size:
+            logits[token - first] += bias
     if len(output) < s.min_tokens:
-        logits[[token for token in s.stop_token_ids if token < vocab_size]] = -math.inf
+        logits[[token - first for token in s.stop_token_ids if first <= token < first + size]] = -math.inf
     return logits
+
+
+def _within(tokens: Sequence[int], first: int, size: int) -> tuple[Tensor, Tensor]:
+    """The different ids in [first, first + size), less `first`, and how often each occurs."""
+    found, counts = np.unique(np.asarray(tokens, np.int64) - first, return_counts=True)
+    here = (found >= 0) & (found < size)
+    return torch.from_numpy(found[here]), torch.from_numpy(counts[here])
 
 
 def _keep(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:  # [V] -> values [N], token ids [N]
     """What survives min-p, top-k and top-p. Each filters, and takes shares of, what the one before it left."""
-    floor = float(logits.max()) + math.log(s.min_p) if s.min_p > 0 else -math.inf
+    peak = logits.max()
+    floor = lowest(float(peak), s)
     vocab_size = logits.shape[0]
     if s.top_k == 0 and s.top_p >= 1.0:
         return _at_least(logits, torch.arange(vocab_size, device=logits.device), floor)
+    mass = mass_above(logits, peak, floor) if s.top_p < 1.0 and not 0 < s.top_k < vocab_size else None
     for count in (min(CANDIDATES, vocab_size), vocab_size):
         values, token_ids = logits.topk(count)  # descending
-        lowest = _ranked_floor(values, logits, floor, s)
-        if lowest > float(values[-1]) or count == vocab_size:
+        ranked = ranked_floor(values, floor, mass, s, vocab_size)
+        if ranked > float(values[-1]) or count == vocab_size:
             break
-    return _at_least(values, token_ids, lowest)
+    return _at_least(values, token_ids, ranked)
 
 
-def _ranked_floor(values: Tensor, logits: Tensor, floor: float, s: Sampling) -> float:
-    """The floor that top-k and top-p add; at most values[-1] means that more candidates are needed to tell.
+def lowest(peak: float, s: Sampling) -> float:
+    """The floor that min-p makes, `peak` being the largest logit."""
+    return peak + math.log(s.min_p) if s.min_p > 0 else -math.inf
 
-    values [N]: the largest logits, descending.
+
+def ranked_floor(values: Tensor, floor: float, mass: Tensor | None, s: Sampling, vocab_size: int) -> float:
+    """`floor`, raised by top-k and top-p; at most values[-1] means that more candidates are needed to tell.
+
+    values [N]: the largest logits, descending. mass: for top-p without top-k, `mass_above` of the whole vocabulary.
     """
-    everything = logits
-    if 0 < s.top_k < logits.shape[0]:
+    if 0 < s.top_k < vocab_size:
         if s.top_k > len(values):
             return -math.inf
         floor = max(floor, float(values[s.top_k - 1]))
-        everything = values  # holds all that is left; summing it is cheaper
+        mass = mass_above(values, values[0], floor)  # they hold all that is left
     if s.top_p >= 1.0:
         return floor
-    peak = values[0]
-    mass = (everything - peak).exp_().masked_fill_(everything < floor, 0.0).sum(dtype=torch.float64)
-    reached = (values - peak).exp_().cumsum(0, dtype=torch.float64) >= s.top_p * mass
+    assert mass is not None
+    reached = (values - values[0]).exp_().cumsum(0, dtype=torch.float64) >= s.top_p * mass
     if not reached.any():
         return -math.inf if floor <= float(values[-1]) else floor
     return max(floor, float(values[int(reached.int().argmax())]))
+
+
+def mass_above(logits: Tensor, peak: Tensor, floor: float) -> Tensor:  # [N], [] -> [] fp64
+    """Probability of the logits that reach the floor, in multiples of the peak's."""
+    return (logits - peak).exp_().masked_fill_(logits < floor, 0.0).sum(dtype=torch.float64)
 
 
 def _at_least(values: Tensor, token_ids: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,10 @@ come first so that a long prompt cannot stall them, then prefill chunks share wh
 What is not on the device may be fetched from a store first, when the sequence's `Choice` says so.
 When blocks run out the youngest running sequence is preempted: its blocks are freed, its tokens are kept, and it goes
 to the head of the queue, where the stores are asked what they have of it by now; the rest is recomputed.
+
+With `depth` > 1, that many steps are in flight in a pipeline at once. A sequence whose next token is in flight is left
+out; a prompt's next chunk may follow one in flight. Decodes are divided among the steps. What is in flight keeps its
+blocks: it is not preempted, and a sequence that ends meanwhile has them until its last step was collected.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from kvstore.blocks import BlockPool
 from workers.fetching import NOTHING, Choice
@@ -35,35 +40,59 @@ class Scheduler:
     block_size: int
     token_budget: int
     max_sequences: int
+    depth: int  # steps that may be in flight
     choose: Callable[[Sequence, int], Choice]  # (sequence, blocks of it on the device) -> what to fetch
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)  # oldest first
     receiving: dict[str, Sequence] = field(default_factory=dict)  # id -> sequence
     preemptions: int = 0
 
-    def schedule(self) -> Schedule:
+    def schedule(self, steps_in_flight: int = 0) -> Schedule:
+        """The next step; its chunks count as in flight until `collected` is called for them."""
         chunks: dict[str, Chunk] = {}  # sequence id -> chunk, in the order of the batch
         schedule = Schedule([])
         budget = self.token_budget
-        for sequence in sorted(self.running, key=lambda s: s.gap > 1):
+        short = False  # somebody waits for blocks of steps in flight
+        for sequence in [*self._decodes(steps_in_flight), *(s for s in self.running if s.gap > 1)]:
             if sequence.state is not State.RUNNING or budget == 0:
                 continue
             take = min(sequence.gap, budget)
             while not self._extend(sequence, take):
-                victim = self.running[-1]
+                victim = self._victim(sequence)
+                if victim is None:
+                    short = True
+                    break
                 refund = chunks.pop(victim.id, None)
                 budget += refund.take if refund else 0
                 self._preempt(victim)
                 schedule.preempted.append(victim)
                 if victim is sequence:
                     break
-            if sequence.state is State.RUNNING:
-                chunks[sequence.id] = Chunk(sequence, sequence.computed, take)
+            else:
+                chunks[sequence.id] = Chunk(sequence, sequence.computed + sequence.in_flight, take)
                 budget -= take
-        if not schedule.preempted:
+        if not (schedule.preempted or short):
             self._admit(chunks, schedule, budget)
         schedule.chunks.extend(chunks.values())
+        for chunk in schedule.chunks:
+            chunk.sequence.in_flight += chunk.take
         return schedule
+
+    def _decodes(self, steps_in_flight: int) -> list[Sequence]:
+        """Those of the next step, oldest first: a share of all that there are, so that `depth` groups of about equal
+        size circulate. Nobody is passed over for long, because who is older does not come back for `depth` steps."""
+        ready = [s for s in self.running if s.gap == 1]
+        in_flight = sum(s.gap == 0 for s in self.running)  # those whose prompt is about to end count already
+        share = -(-(len(ready) + in_flight) // self.depth)
+        rest = -(-len(ready) // (self.depth - steps_in_flight))  # of four in three groups: 2, 1 and 1, not 2 and 2
+        return ready[: min(share, rest)]
+
+    def _victim(self, needy: Sequence) -> Sequence | None:
+        """Who gives its blocks back: the youngest, but nobody who is in flight or older. None: wait until those who are
+        in flight can be asked."""
+        younger = list(takewhile(lambda s: s is not needy, reversed(self.running)))
+        idle = next((s for s in younger if not s.in_flight), None)
+        return idle or (None if younger or needy.in_flight else needy)
 
     def _admit(self, chunks: dict[str, Chunk], schedule: Schedule, budget: int) -> None:
         while budget and len(self.running) + len(self.receiving) < self.max_sequences:
@@ -115,7 +144,7 @@ class Scheduler:
         return -(-tokens // self.block_size)
 
     def _extend(self, sequence: Sequence, take: int) -> bool:
-        missing = self._blocks(sequence.computed + take) - len(sequence.block_table)
+        missing = self._blocks(sequence.computed + sequence.in_flight + take) - len(sequence.block_table)
         if missing <= 0:
             return True
         blocks = self.pool.allocate(missing)
@@ -147,13 +176,25 @@ class Scheduler:
         sequence.state = State.RUNNING
         self.running.append(sequence)
 
+    def collected(self, chunk: Chunk) -> bool:
+        """A step has ended. False: its sequence had ended before, and nobody wants the result."""
+        sequence = chunk.sequence
+        sequence.in_flight -= chunk.take
+        if sequence.state is State.RUNNING:
+            sequence.computed += chunk.take
+            return True
+        if not sequence.in_flight:
+            self.release(sequence)
+        return False
+
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out for good, wherever it is."""
+        """Take a sequence out for good, wherever it is. Blocks that a step in flight still writes stay with it."""
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         elif sequence.state is State.RECEIVING:
             del self.receiving[sequence.id]
         elif sequence.state is State.RUNNING:
             self.running.remove(sequence)
-        self.release(sequence)
+        if not sequence.in_flight:
+            self.release(sequence)
         sequence.state = State.FINISHED

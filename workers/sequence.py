@@ -1,10 +1,12 @@
 """The noun that travels through an engine: one generation, its tokens and its blocks.
 
 waiting ──► running ──► finished          `computed` counts tokens whose KV is in this worker's blocks.
- │   ▲         │ ▲                        A step computes `take` of the gap len(tokens) - computed; when the gap
- │   └─────────┘ │ preempted              closes, the runner's token is appended and the gap is one again:
- └─► receiving ──┘                         prefill, decode, prefix hit and resume are the same thing.
+ │   ▲         │ ▲                        A step computes `take` of the gap behind them; when the gap closes, the
+ │   └─────────┘ │ preempted              runner's token is appended and the gap is one again: prefill, decode,
+ └─► receiving ──┘                         prefix hit and resume are the same thing.
      (blocks arrive: a handoff's, or what stores have)
+
+    tokens   |── computed ──|── in flight ──|── gap ──|      steps in flight will turn the middle into computed ones
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Sequence:
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)  # prompt, then output
     computed: int = 0
+    in_flight: int = 0  # tokens after those, in steps that were submitted and not collected
     cached: int = 0  # tokens that did not have to be computed when first scheduled: on the device, or fetched
     block_table: list[int] = field(default_factory=list)  # position // block_size -> block id
     hashes: list[bytes] = field(default_factory=list)  # chain hashes of the full blocks, as far as known
@@ -73,5 +76,5 @@ class Sequence:
 
     @property
     def gap(self) -> int:
-        """Tokens whose KV is missing."""
-        return len(self.tokens) - self.computed
+        """Tokens whose KV is missing and which no step in flight computes. 0: its next token is in flight."""
+        return len(self.tokens) - self.computed - self.in_flight

@@ -2,6 +2,9 @@
 
 Each token's id is written into its KV rows; the next token is a hash of every id *read back from the blocks*, so a
 block that was lost, mixed up or half copied changes the output exactly as it would with a real model.
+
+The hash mixes, per position, a sum over all planes (head, layer, K or V). A shard sums the planes that it has; tensor
+ranks add theirs up, stages pass the sums on, and the last one has what a single shard would have computed.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kvstore.layout import Layout
+from workers.links import Links, NoLinks
 from workers.runner import Alone, Chunk
-from workers.shard import Sizes, whole
+from workers.shard import Shard, Sizes, whole
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -42,6 +47,9 @@ def sim_sizes(layout: Layout, vocab_size: int) -> Sizes:
 
 
 class SimRunner(Alone):
+    """`shard`: which part of `layout` it has, None for all of it; `links`: to the other shards, where there are some.
+    `timings` are those of the whole model: a stage takes its layers' share of them."""
+
     def __init__(
         self,
         layout: Layout,
@@ -49,43 +57,82 @@ class SimRunner(Alone):
         vocab_size: int,
         timings: Timings | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        shard: Shard | None = None,
+        links: Links | None = None,
     ) -> None:
         if layout.dim * layout.itemsize % 4:
             raise ValueError("a KV row must hold whole 32-bit words")
         self.layout = layout
-        self.shard = whole(sim_sizes(layout, vocab_size))
+        self.shard = shard or whole(sim_sizes(layout, vocab_size))
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
+        self._links: Links = links or NoLinks()
         self._timings = timings or Timings()
+        self._share = (self.shard.layers[1] - self.shard.layers[0]) / layout.layers
         self._sleep = sleep
-        shape = (num_blocks, layout.cells * 2, layout.tokens, layout.dim * layout.itemsize // 4)
+        words = layout.dim * layout.itemsize // 4
+        shape = (num_blocks, self.shard.part(layout).cells * 2, layout.tokens, words)
         self._cache = np.zeros(shape, dtype=np.int32)  # [blocks, planes, tokens, words], token id + 1; 0: never written
+        self._columns = _columns(layout, self.shard)  # [planes * words] what each word counts
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         flat: npt.NDArray[np.uint8] = self._cache[index].reshape(-1).view(np.uint8)
         return flat
 
     def run(self, chunks: list[Chunk]) -> list[int | None]:
-        new, context = sum(c.take for c in chunks), sum(c.first for c in chunks)
-        if seconds := self._timings.step(new, context):
+        sampled = [chunk for chunk in chunks if chunk.samples]
+        # one more, so that every shard has a part in every step, also when nothing is sampled
+        rows = 1 + sum(chunk.first + chunk.take for chunk in sampled)
+        before = None if self.shard.first_stage else self._links.receive((rows,), torch.int64)
+        seconds = self._timings.step(sum(c.take for c in chunks), sum(c.first for c in chunks))
+        if seconds := seconds * self._share:
             self._sleep(seconds)
-        return [self._chunk(chunk) for chunk in chunks]
+        for chunk in chunks:
+            self._write(chunk)
+        sums = np.concatenate([np.zeros(1, np.uint64), *map(self._sums, sampled)])
+        total = torch.from_numpy(sums.view(np.int64))  # the same bits: the sums of both wrap alike
+        self._links.sum_inplace(total)
+        if before is not None:
+            total += before
+        if not self.shard.last_stage:
+            self._links.send(total)
+            return [None] * len(chunks)
+        return self._tokens(chunks, total.numpy().view(np.uint64)[1:])
 
-    def _chunk(self, chunk: Chunk) -> int | None:
+    def _write(self, chunk: Chunk) -> None:
         sequence, size = chunk.sequence, self.layout.tokens
-        end = chunk.first + chunk.take
-        for position in range(chunk.first, end):
+        for position in range(chunk.first, chunk.first + chunk.take):
             block = sequence.block_table[position // size]
             self._cache[block, :, position % size, :] = sequence.tokens[position] + 1
-        if not chunk.samples:
-            return None
-        table = sequence.block_table[: -(-end // size)]
-        rows = self._cache[table].transpose(0, 2, 1, 3).reshape(len(table) * size, -1)[:end]  # [context, planes*words]
-        return self._next(rows)
 
-    def _next(self, rows: npt.NDArray[np.int32]) -> int:
-        columns = np.arange(1, rows.shape[1] + 1, dtype=np.uint64)
-        positions = np.arange(1, rows.shape[0] + 1, dtype=np.uint64) * _MULTIPLIER
-        mixed = (rows.astype(np.uint64) * columns).sum(axis=1, dtype=np.uint64) + np.uint64(1)
-        total = int(((mixed ^ positions) * _MULTIPLIER).sum(dtype=np.uint64))
+    def _sums(self, chunk: Chunk) -> npt.NDArray[np.uint64]:
+        """Over this shard's planes [context], of what is in the blocks."""
+        end = chunk.first + chunk.take
+        table = chunk.sequence.block_table[: -(-end // self.layout.tokens)]
+        rows = self._cache[table].transpose(0, 2, 1, 3).reshape(len(table) * self.layout.tokens, -1)[:end]
+        sums: npt.NDArray[np.uint64] = (rows.astype(np.uint64) * self._columns).sum(axis=1, dtype=np.uint64)
+        return sums
+
+    def _tokens(self, chunks: list[Chunk], sums: npt.NDArray[np.uint64]) -> list[int | None]:
+        tokens: list[int | None] = []
+        for chunk in chunks:
+            context = chunk.first + chunk.take if chunk.samples else 0
+            tokens.append(self._next(sums[:context]) if context else None)
+            sums = sums[context:]
+        return tokens
+
+    def _next(self, sums: npt.NDArray[np.uint64]) -> int:
+        positions = np.arange(1, len(sums) + 1, dtype=np.uint64) * _MULTIPLIER
+        total = int((((sums + np.uint64(1)) ^ positions) * _MULTIPLIER).sum(dtype=np.uint64))
         return (total ^ (total >> 29)) % self.vocab_size
+
+
+def _columns(layout: Layout, shard: Shard) -> npt.NDArray[np.uint64]:
+    """Every word of a token's KV counts its own multiple, the same in whichever shard it is. Where ranks have the same
+    heads, their parts add up to one times the sum, yet none is zero: each one's bytes matter."""
+    planes = 2 * layout.dim * layout.itemsize // 4
+    numbers = np.arange(1, layout.cells * planes + 1, dtype=np.uint64).reshape(layout.heads, layout.layers, planes)
+    own = numbers[slice(*shard.kv_heads), slice(*shard.layers)].reshape(-1)
+    others = (shard.replicas - 1) * int(_MULTIPLIER)
+    weight = 1 + others if shard.replica == 0 else -int(_MULTIPLIER)
+    return own * np.uint64(weight % 2**64)

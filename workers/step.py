@@ -54,4 +54,6 @@ class Step:
     revoked: list[str] = field(default_factory=list)  # transfers whose prefill will not finish
     dropped: list[str] = field(default_factory=list)  # ids of sequences that ended while their blocks were arriving
     unclaimed: list[Handoff] = field(default_factory=list)  # handoffs of sequences that ended before they were fetched
-    computed: int = 0  # tokens run through the model; 0: nothing to do until an event arrives
+    # tokens of the step that was submitted or, when there was nothing to submit, of the one that was collected;
+    # 0: nothing to do until an event arrives
+    computed: int = 0

@@ -1,11 +1,13 @@
-"""A worker's blocks in the form in which one kind of stores has them: byte for byte, or encoded.
+"""A shard's blocks in the form in which one kind of stores has them: byte for byte, or encoded.
 
-Reading gives the bytes that go to a store. What comes from one lands where `Landing.write` says and is in the worker's
-blocks once it was accepted; encoded bytes never lie in them. Who may use which kind is not decided here.
+Reading gives the bytes that go to a store. What comes from one lands where `Landing.write` says and is in the shard's
+blocks once it was accepted; encoded bytes never lie in them. A shard has its part of every block, and `part` says where
+in whole blocks that is. Who may use which kind is not decided here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,14 +15,24 @@ import numpy as np
 
 from kvstore.copying import Block, in_thread
 from kvstore.layout import Layout
-from workers.runner import Runner
+from kvstore.part import Part
+from workers.shard import Shard
+
+
+class ShardCache(Protocol):
+    """What is needed of a `workers.runner` Runner or Stage."""
+
+    layout: Layout  # of whole blocks
+    shard: Shard
+
+    def block(self, index: int) -> Block: ...
 
 
 class Landing(Protocol):
     """Where the blocks of one fetch arrive, by their place in the sequence's table."""
 
     def write(self, position: int) -> Block:
-        """Memory [layout.block_bytes of the store] to fill, from any thread."""
+        """Memory [part.own.block_bytes] to fill, from any thread."""
         ...
 
     async def accept(self, stop: int) -> None:
@@ -30,10 +42,11 @@ class Landing(Protocol):
 
 
 class StoredBlocks(Protocol):
-    layout: Layout  # of the stores
+    layout: Layout  # of whole blocks in the stores
+    part: Part  # this shard's of them
 
     def read(self, block: int) -> Block:
-        """The bytes [layout.block_bytes] of a block that nobody changes meanwhile, from any thread."""
+        """The bytes [part.own.block_bytes] of a block that nobody changes meanwhile, from any thread."""
         ...
 
     def landing(self, table: Sequence[int], start: int, stop: int) -> Landing:
@@ -42,7 +55,8 @@ class StoredBlocks(Protocol):
 
 
 class Codec(Protocol):
-    stored: Layout
+    layout: Layout  # of a shard's own memory
+    stored: Layout  # of the same, encoded
 
     def encode(self, block: Block) -> Block: ...
 
@@ -52,48 +66,53 @@ class Codec(Protocol):
 class ExactBlocks:
     """Every copy is a copy."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.layout = runner.layout
-        self._runner = runner
+    def __init__(self, cache: ShardCache) -> None:
+        self.layout = cache.layout
+        self.part = Part(cache.layout, cache.shard.rectangle)
+        self._cache = cache
 
     def read(self, block: int) -> Block:
-        return self._runner.block(block)
+        return self._cache.block(block)
 
     def landing(self, table: Sequence[int], start: int, stop: int) -> Landing:
         del start, stop
-        return _InPlace(self._runner, table)
+        return _InPlace(self._cache, table)
 
 
 class EncodedBlocks:
-    """Encoded on the way out and decoded on the way in. Scratch memory is never more than the blocks it stands for."""
+    """Encoded on the way out and decoded on the way in, each shard its own part: `codec` is for that. Scratch memory is
+    never more than the blocks it stands for."""
 
-    def __init__(self, runner: Runner, codec: Codec) -> None:
-        self.layout = codec.stored
-        self._runner = runner
+    def __init__(self, cache: ShardCache, codec: Codec) -> None:
+        if codec.layout != cache.shard.part(cache.layout):
+            raise ValueError("the codec is for another part of a block than this shard's; give it shard.part(layout)")
+        self.layout = dataclasses.replace(cache.layout, dtype=codec.stored.dtype, itemsize=codec.stored.itemsize)
+        self.part = Part(self.layout, cache.shard.rectangle)
+        self._cache = cache
         self._codec = codec
 
     def read(self, block: int) -> Block:
-        return self._codec.encode(self._runner.block(block))
+        return self._codec.encode(self._cache.block(block))
 
     def landing(self, table: Sequence[int], start: int, stop: int) -> Landing:
-        return _Scratch(self._runner, self._codec, table, start, stop)
+        return _Scratch(self._cache, self._codec, table, start, stop)
 
 
 class _InPlace:
-    def __init__(self, runner: Runner, table: Sequence[int]) -> None:
-        self._runner = runner
+    def __init__(self, cache: ShardCache, table: Sequence[int]) -> None:
+        self._cache = cache
         self._table = table
 
     def write(self, position: int) -> Block:
-        return self._runner.block(self._table[position])
+        return self._cache.block(self._table[position])
 
     async def accept(self, stop: int) -> None:
         del stop
 
 
 class _Scratch:
-    def __init__(self, runner: Runner, codec: Codec, table: Sequence[int], start: int, stop: int) -> None:
-        self._runner = runner
+    def __init__(self, cache: ShardCache, codec: Codec, table: Sequence[int], start: int, stop: int) -> None:
+        self._cache = cache
         self._codec = codec
         self._table = table
         self._start = start
@@ -106,6 +125,6 @@ class _Scratch:
     async def accept(self, stop: int) -> None:
         def decode() -> None:
             for position in range(self._start, stop):
-                self._codec.decode(self.write(position), self._runner.block(self._table[position]))
+                self._codec.decode(self.write(position), self._cache.block(self._table[position]))
 
         await in_thread(decode)

@@ -10,18 +10,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from kvstore.connections import Connections
-from kvstore.fetcher import BlockFetcher, Fetched, Source
+from kvstore.fetcher import Fetched, Source
 from kvstore.index import Index
 from kvstore.locate import Locator
+from workers.block_mover import BlockMover
 from workers.counters import Counters
 from workers.node_store import NodeStore
 from workers.sequence import Sequence
 from workers.step import BlockFetch
-from workers.stored_blocks import StoredBlocks
 from workers.tasks import outcome
 
 LOCATE_S = 0.25  # far above what store and index take together, for it holds the sequence up
@@ -35,13 +34,12 @@ class Tier:
     """`store` is asked first, then the index. `connections` are shared with others who read."""
 
     def __init__(
-        self, blocks: StoredBlocks, store: NodeStore, index: Index, connections: Connections, counters: Counters
+        self, mover: BlockMover, store: NodeStore, index: Index, connections: Connections, counters: Counters
     ) -> None:
-        self._blocks = blocks
+        self._mover = mover
         self._store = store
         self._index = index
         self._locator = Locator(index, connections)
-        self._fetcher = BlockFetcher(connections)
         self._counters = counters
         self._lookups: set[asyncio.Task[list[Source]]] = set()
         self._fetches: dict[str, asyncio.Task[Fetched]] = {}  # sequence id -> task
@@ -82,11 +80,10 @@ class Tier:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._fetcher.close()
         await self._index.close()
 
     async def _locate(self, sequence: Sequence) -> list[Source]:
-        hashes = sequence.hashes[: (len(sequence.tokens) - 1) // self._blocks.layout.tokens]
+        hashes = sequence.hashes[: (len(sequence.tokens) - 1) // self._mover.layout.tokens]
         try:
             async with asyncio.timeout(LOCATE_S):
                 return await self._locator.locate(hashes, self._store.address, self._store.epoch)
@@ -95,27 +92,17 @@ class Tier:
             return []
 
     async def _fetch(self, order: BlockFetch) -> Fetched:
-        sequence, layout, start = order.sequence, self._blocks.layout, order.sources[0].start
-        landing = self._blocks.landing(order.table, start, order.sources[-1].stop)
+        sequence, layout = order.sequence, self._mover.layout
         began = time.monotonic()
         timeout_s = min(order.timeout_s, max(0.0, sequence.deadline - began))
-        fetched = await self._fetcher.fetch(order.sources, sequence.hashes, landing.write, timeout_s)
-        arrived = time.monotonic()
-        await landing.accept(fetched.valid_blocks)
+        fetched = await self._mover.fetch(order.sources, sequence.hashes, order.table, timeout_s)
         if fetched.error is not None:
             self._counters.fetch_failures_total += 1
             log.info("%s: %d blocks are there, then: %s", sequence.id, fetched.valid_blocks, fetched.error.message)
-        ended = time.monotonic()
-        self._counters.fetch_seconds_total += ended - began
+        self._counters.fetch_seconds_total += time.monotonic() - began
         for source, blocks, _ in fetched.parts:
             used = min(source.start + blocks, fetched.valid_blocks) - source.start
             if used > 0:
                 self._counters.fetched(source.path, used * layout.tokens)
                 self._counters.fetched_bytes_total += used * layout.block_bytes
-        return _with_acceptance(fetched, (ended - arrived) / max(1, fetched.valid_blocks - start))
-
-
-def _with_acceptance(fetched: Fetched, block_s: float) -> Fetched:
-    """Whoever predicts what a fetch takes must know of that too."""
-    parts = tuple((source, blocks, seconds + blocks * block_s) for source, blocks, seconds in fetched.parts)
-    return replace(fetched, parts=parts)
+        return fetched

@@ -13,21 +13,22 @@ from typing import Any
 from cluster.identity import Identity
 from kvstore.connections import Connections
 from kvstore.index import Index
+from workers.block_mover import BlockMover
 from workers.counters import Counters
 from workers.node_store import NodeStore
 from workers.offload import Done, OffloadQueue
-from workers.stored_blocks import StoredBlocks
 from workers.tier import Tier
 
 
 class TierLink:
     """`changed` is called whenever there is another store to write to than before, `offloaded` takes back what was
-    written; no more than `limit` blocks wait for that."""
+    written; no more than `limit` blocks wait for that. `mover` reads over `connections`, which are closed here."""
 
     def __init__(
         self,
         worker_id: str,
-        blocks: StoredBlocks,
+        mover: BlockMover,
+        connections: Connections,
         identity: Identity,
         handoffs_idle: asyncio.Event,
         limit: int,
@@ -35,10 +36,11 @@ class TierLink:
         offloaded: Done,
         counters: Counters,
     ) -> None:
-        self.connections = Connections(identity.secret, blocks.layout)
-        self.store = NodeStore(worker_id, blocks, identity, self.connections, changed)
+        self.mover = mover
+        self.connections = connections
+        self.store = NodeStore(worker_id, mover, identity, self.connections, changed)
         index = Index(identity.redis_url, identity.namespace)
-        self.tier = Tier(blocks, self.store, index, self.connections, counters)
+        self.tier = Tier(mover, self.store, index, self.connections, counters)
         self.offloads = OffloadQueue(lambda: self.store.writer, limit, handoffs_idle, offloaded, counters)
 
     def work(self, node: str) -> list[Coroutine[Any, Any, None]]:
@@ -47,5 +49,5 @@ class TierLink:
 
     async def close(self) -> None:
         """After what `work` returned has been cancelled."""
-        for part in (self.tier, self.store, self.connections):
+        for part in (self.tier, self.store, self.mover, self.connections):
             await part.close()

@@ -17,10 +17,14 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.identity import Identity
+from kvstore.connections import Connections
+from workers.all_shards import AllShards
+from workers.block_mover import BlockMover, OwnBlocks
 from workers.counters import Counters
 from workers.engine import Engine
 from workers.handoffs import Handoffs
 from workers.sequence import Sequence
+from workers.shard_peers import ShardPeers
 from workers.step import Step
 from workers.stored_blocks import ExactBlocks, StoredBlocks
 from workers.tier_link import TierLink
@@ -52,12 +56,18 @@ class Transfers:
             kinds.append((False, approximate, identity.approximate))
         limit = max(1, runner.num_blocks // (OFFLOADING * len(kinds)))
         changed, offloaded = self._event(engine.store_is_new), self._event(engine.offloaded)
-        self._links = {  # whether a sequence is exact -> its stores
-            exact: TierLink(worker_id, blocks, where, idle, limit, changed, offloaded, self.counters)
-            for exact, blocks, where in kinds
-        }
+        self._peers = ShardPeers(runner.peers, identity.secret, config.step_timeout)
+        self._links: dict[bool, TierLink] = {}  # whether a sequence is exact -> its stores
+        for is_exact, blocks, where in kinds:
+            connections = Connections(where.secret, blocks.layout)
+            mover: BlockMover = OwnBlocks(blocks, connections)
+            if runner.peers:
+                mover = AllShards(mover, runner.shard, self._peers, exact=is_exact)
+            self._links[is_exact] = TierLink(
+                worker_id, mover, connections, where, idle, limit, changed, offloaded, self.counters
+            )
         exact = self._links[True]
-        self.handoffs = Handoffs(runner, config, exact.store, exact.connections, idle, self.counters)
+        self.handoffs = Handoffs(exact.mover, config, exact.store, exact.connections, idle, self.counters)
 
     def work(self, node: str) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled, on the event loop of a worker on that node."""
@@ -68,6 +78,7 @@ class Transfers:
         await self.handoffs.close()
         for link in self._links.values():
             await link.close()
+        await self._peers.close()
 
     def locate(self, sequence: Sequence) -> None:
         """Ask the stores for a sequence that the engine is about to get; it is not admitted before they answer."""

@@ -72,11 +72,19 @@ class WorkerSettings:
 
 
 class Worker:
-    """`approximate`: how blocks are in the stores of approximate KV; None where there are none, and all KV is exact."""
+    """`approximate`: how blocks are in the stores of approximate KV; None where there are none, and all KV is exact.
+    `shard_pids`: the processes of all its ranks, where there are others than this one."""
 
-    def __init__(self, runner: Runner, settings: WorkerSettings, approximate: StoredBlocks | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        settings: WorkerSettings,
+        approximate: StoredBlocks | None = None,
+        shard_pids: tuple[int, ...] = (),
+    ) -> None:
         config = settings.config
         self._settings = settings
+        self._grid, self._shard_pids = (runner.shard.tp, runner.shard.pp), shard_pids or (os.getpid(),)
         self._keys = {True: settings.key, False: settings.key.approximate}  # sequence is exact -> root of its names
         self._all_exact = approximate is None
         self._role = settings.role
@@ -118,6 +126,9 @@ class Worker:
             incarnation=time.time_ns(),
             max_context=self._settings.max_context,
             block_size=self._settings.config.block_size,
+            tp=self._grid[0],
+            pp=self._grid[1],
+            shard_pids=self._shard_pids,
         )
         self._thread.start()
         work = [self._register(), *self._transfers.work(self._info.node)]

@@ -24,7 +24,9 @@ from cluster.errors import StartupError
 from cluster.identity import Identity
 from kvstore.client import StoreClient
 from kvstore.layout import Layout
+from kvstore.part import Part
 from kvstore.server import StoreServer
+from kvstore.slab_writer import SlabWriter
 from kvstore.writer import HandoffWriter
 
 SECRET = "bench"
@@ -99,7 +101,8 @@ def write(pipe: Connection, layout: Layout, count: int, address: str) -> None:
     step = max(1, SEND_BYTES // layout.block_bytes)
 
     async def main() -> None:
-        writer = HandoffWriter(StoreClient(address, SECRET, "bench", layout), layout, lambda block: cache[block])
+        source = SlabWriter(Part(layout), lambda block: cache[block])
+        writer = HandoffWriter(StoreClient(address, SECRET, "bench", layout), layout, source)
         await writer.connect()
         pipe.send(None)
         while (asked := await asyncio.to_thread(pipe.recv)) is not None:

@@ -23,8 +23,10 @@ from kvstore.connections import Connections
 from kvstore.copying import checksums
 from kvstore.hashing import ModelKey, block_keys, extend
 from kvstore.layout import Layout
+from kvstore.part import Part
 from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
+from kvstore.slab_writer import SlabWriter
 from kvstore.writer import HandoffWriter
 
 SECRET = "a cluster secret"
@@ -104,7 +106,8 @@ async def store(
 
 @asynccontextmanager
 async def writer(address: str, layout: Layout = LAYOUT) -> AsyncIterator[HandoffWriter]:
-    made = HandoffWriter(StoreClient(address, SECRET, "writer", layout), layout, lambda b: block_of(b, layout))
+    source = SlabWriter(Part(layout), lambda b: block_of(b, layout))
+    made = HandoffWriter(StoreClient(address, SECRET, "writer", layout), layout, source)
     await made.connect()
     try:
         yield made

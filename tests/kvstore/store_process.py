@@ -19,8 +19,10 @@ from cluster.store_messages import Fetch
 from kvstore.client import StoreClient
 from kvstore.connections import Connections
 from kvstore.layout import Layout
+from kvstore.part import Part
 from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
+from kvstore.slab_writer import SlabWriter
 from kvstore.writer import HandoffWriter
 from tests.kvstore.rig import LAYOUT, block_of, hashes_for, keep
 
@@ -48,7 +50,7 @@ async def serve(settings: dict[str, Any]) -> None:
 async def write(settings: dict[str, Any]) -> None:
     """Reserve, seal a part, then hang until killed."""
     client = StoreClient(settings["address"], settings["secret"], "writer", LAYOUT)
-    writer = HandoffWriter(client, LAYOUT, block_of)
+    writer = HandoffWriter(client, LAYOUT, SlabWriter(Part(LAYOUT), block_of))
     await writer.connect()
     tokens = settings["tokens"]
     handoff = await writer.reserve(settings["transfer"], hashes_for(tokens), tokens, settings["hold_ms"])
@@ -78,7 +80,8 @@ async def churn(settings: dict[str, Any]) -> None:
 
 async def oversleep(settings: dict[str, Any]) -> None:
     """Reserve, be stopped until somebody continues it, and only then write."""
-    writer = HandoffWriter(StoreClient(settings["address"], settings["secret"], "writer", LAYOUT), LAYOUT, block_of)
+    client = StoreClient(settings["address"], settings["secret"], "writer", LAYOUT)
+    writer = HandoffWriter(client, LAYOUT, SlabWriter(Part(LAYOUT), block_of))
     await writer.connect()
     tokens, transfer = settings["tokens"], settings["transfer"]
     await writer.reserve(transfer, hashes_for(tokens), tokens, settings["hold_ms"])

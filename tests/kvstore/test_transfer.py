@@ -27,8 +27,10 @@ from cluster.store_messages import Reserve
 from kvstore.client import StoreClient
 from kvstore.connections import Connections
 from kvstore.layout import Layout
+from kvstore.part import Part
 from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
+from kvstore.slab_writer import SlabWriter
 from kvstore.writer import SEAL_BYTES, HandoffWriter
 from tests.kvstore.rig import (
     LAYOUT,
@@ -161,7 +163,7 @@ def test_what_the_store_has_is_not_copied_again() -> None:
             return block_of(block_id)
 
         async with store(8) as (address, _), reader() as r:
-            w = HandoffWriter(StoreClient(address, SECRET, "writer", LAYOUT), LAYOUT, read)
+            w = HandoffWriter(StoreClient(address, SECRET, "writer", LAYOUT), LAYOUT, SlabWriter(Part(LAYOUT), read))
             await w.connect()
             first = await handed_over(w, "a", 10)
             second = await handed_over(w, "b", 14)
@@ -234,7 +236,7 @@ def test_a_large_send_is_sealed_in_parts() -> None:
                     time.sleep(0.001)  # the first part can be read before the second is copied
                 return block_of(block_id, VAST)
 
-            w = HandoffWriter(StoreClient(address, SECRET, "writer", VAST), VAST, read)
+            w = HandoffWriter(StoreClient(address, SECRET, "writer", VAST), VAST, SlabWriter(Part(VAST), read))
             await w.connect()
             handoff = await w.reserve("t", hashes_for(tokens, layout=VAST), tokens, HOLD_MS)
             receiving = asyncio.create_task(r.receive(handoff, 0, tokens, target, 30))
@@ -266,7 +268,7 @@ def test_a_transfer_that_ends_between_the_parts_of_a_send_leaks_nothing() -> Non
                     assert ended.wait(20)
                 return block_of(block_id, VAST)
 
-            w = HandoffWriter(StoreClient(address, SECRET, "writer", VAST), VAST, read)
+            w = HandoffWriter(StoreClient(address, SECRET, "writer", VAST), VAST, SlabWriter(Part(VAST), read))
             await w.connect()
             await w.reserve("t", hashes_for(count * VAST.tokens, layout=VAST), count * VAST.tokens, HOLD_MS)
             with pytest.raises(Expired):

@@ -17,7 +17,9 @@ from cluster.store_messages import StatRequest, StoreStat
 from kvstore.client import StoreClient
 from kvstore.hashing import ModelKey, block_keys, extend, salt, tenant_tag
 from kvstore.layout import Layout
+from kvstore.part import Part
 from kvstore.server import StoreServer
+from kvstore.slab_writer import SlabWriter
 from kvstore.writer import HandoffWriter
 from tests.router.fakes import NAMESPACE, SECRET
 from tests.router.harness import MODEL_KEY, Api
@@ -49,7 +51,8 @@ class Site:
         hashes: list[bytes] = []
         extend(hashes, root, tokens, 16)
         client = StoreClient(self.infos[store].address, SECRET, "writer", LAYOUT)
-        writer = HandoffWriter(client, LAYOUT, lambda b: np.full(LAYOUT.block_bytes, b % 251, np.uint8))
+        source = SlabWriter(Part(LAYOUT), lambda b: np.full(LAYOUT.block_bytes, b % 251, np.uint8))
+        writer = HandoffWriter(client, LAYOUT, source)
         await writer.connect()
         keys = block_keys(hashes, root, tokens, 16, 0, len(hashes))
         await writer.store(keys, range(len(keys)), tenant_tag(SECRET, tenant))

@@ -11,6 +11,7 @@ from cluster.perfmodel import PerfModel
 from kvstore.fetcher import Source
 from kvstore.layout import Layout
 from workers.engine import Engine
+from workers.runner import Runner
 from workers.sequence import Sequence
 from workers.sim import SimRunner, sim_layout
 from workers.step import BlockFetch, Offload, Send, Step
@@ -27,11 +28,14 @@ class Unimpressed(PerfModel):
 
 
 def engine(
-    num_blocks: int = 256, token_budget: int = 64, max_sequences: int = 32, stored: Layout | None = None
+    num_blocks: int = 256,
+    token_budget: int = 64,
+    max_sequences: int = 32,
+    stored: Layout | None = None,
+    runner: Runner | None = None,  # with that many blocks
 ) -> Engine:
-    runner = SimRunner(sim_layout(BLOCK), num_blocks, VOCAB)
     made = Engine(
-        runner,
+        runner or SimRunner(sim_layout(BLOCK), num_blocks, VOCAB),
         token_budget=token_budget,
         max_sequences=max_sequences,
         max_context=min(512, num_blocks * BLOCK),

@@ -7,12 +7,14 @@ import torch
 
 from cluster.messages import Sampling
 from tests.workers.tiny_models import BLOCK, MODELS, build, generate, load, prompts, reference, sequence
-from workers.architecture import layout, load_architecture
+from workers.architecture import layout, load_architecture, sizes
 from workers.batch import build_batch
 from workers.cache import KvCache
+from workers.links import NoLinks
 from workers.model import Decoder
 from workers.rope import rope_table
 from workers.runner import Chunk
+from workers.shard import whole
 from workers.weights import load_weights
 
 GREEDY = Sampling(temperature=0.0, max_tokens=1000)
@@ -73,7 +75,9 @@ def logits(directory: Path, dtype: str, prompt: list[int], takes: list[int]) -> 
     torch_dtype = getattr(torch, dtype)
     with torch.inference_mode():
         table = rope_table(architecture.rope, architecture.head_dim, len(prompt), torch_dtype)
-        decoder = Decoder(architecture, load_weights(directory, architecture, torch_dtype, CPU), table)
+        shard = whole(sizes(architecture))
+        weights = load_weights(directory, architecture, shard, torch_dtype, CPU)
+        decoder = Decoder(architecture, shard, weights, table, NoLinks())
         cache = KvCache(shape, 128, CPU)
         cache.blocks.fill_(float("nan"))
         made = sequence("a", prompt, torch.randperm(128)[: -(-len(prompt) // BLOCK)].tolist(), GREEDY)

@@ -9,9 +9,11 @@ import pytest
 from cluster.errors import ModelError
 from cluster.messages import Sampling
 from tests.workers.tiny_models import BLOCK, VOCAB, build, generate, load, prompts, sequence
+from workers.architecture import load_architecture, sizes
 from workers.model_runner import ModelRunner
-from workers.runner import Chunk, Runner
+from workers.runner import Chunk, Stage
 from workers.sequence import Sequence
+from workers.shard import shards
 
 GREEDY = Sampling(temperature=0.0, max_tokens=100)
 
@@ -23,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def advance(runner: Runner, sequences: list[Sequence], takes: list[int] | None = None) -> None:
+def advance(runner: Stage, sequences: list[Sequence], takes: list[int] | None = None) -> None:
     """One step; without `takes`, everything that is missing."""
     chunks = [
         Chunk(s, s.computed, take) for s, take in zip(sequences, takes or [s.gap for s in sequences], strict=True)
@@ -35,7 +37,7 @@ def advance(runner: Runner, sequences: list[Sequence], takes: list[int] | None =
 
 
 def test_it_is_a_runner_of_the_size_asked_for(model: Path) -> None:
-    runner: Runner = ModelRunner.load(model, "bfloat16", BLOCK, 1_000_000, 100)
+    runner: Stage = ModelRunner.load(model, "bfloat16", BLOCK, 1_000_000, 100)
     assert runner.num_blocks == 1_000_000 // runner.layout.block_bytes
     assert runner.layout.block_bytes == 2 * 3 * 2 * BLOCK * 16 * 2
     assert runner.vocab_size == VOCAB
@@ -49,6 +51,19 @@ def test_a_context_that_cannot_be_is_refused_with_what_can(model: Path) -> None:
         ModelRunner.load(model, "float32", BLOCK, 32 * block_bytes - 1, 128)
     assert ModelRunner.load(model, "float32", BLOCK, 31 * block_bytes, 124).max_context == 124
     assert ModelRunner.load(model, "float32", BLOCK, 32 * block_bytes, 0).max_context == 128
+
+
+def test_all_shards_have_as_many_blocks_as_the_worker_has_memory_for(model: Path) -> None:
+    """2 KV heads on 3 tensor ranks: one of them is held twice."""
+    one = load(model).layout.block_bytes
+    parts = shards(sizes(load_architecture(model)), 3, 2)
+    runners = [ModelRunner.load(model, "float32", BLOCK, 60 * one, 100, shard=shard) for shard in parts]
+    assert [runner.num_blocks for runner in runners] == [40] * 6
+    assert {runner.layout.block_bytes for runner in runners} == {one}
+    for runner, shard in zip(runners, parts, strict=True):
+        assert len(runner.block(39)) == shard.part(runner.layout).block_bytes
+    with pytest.raises(ModelError, match=rf"set kv_memory to {25 * one * 3 // 2} bytes"):
+        ModelRunner.load(model, "float32", BLOCK, 25 * one, 100, shard=parts[5])
 
 
 def test_a_block_is_a_writable_view_in_the_canonical_order(model: Path) -> None:

@@ -1,10 +1,12 @@
 """Blocks on their way between a worker and its stores: in the worker there are only those known to be good."""
 
 import asyncio
+import dataclasses
 import threading
 from contextlib import suppress
 
 import numpy as np
+import pytest
 
 from kvstore.copying import Block
 from kvstore.layout import Layout
@@ -52,6 +54,11 @@ def test_encoded_blocks_are_decoded_when_they_are_accepted_and_only_the_good_one
             assert np.abs(want - got).max() < 0.03
         else:
             assert (target.block(block) == before.block(block)).all()
+
+
+def test_a_codec_for_another_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="another part"):
+        EncodedBlocks(runner(), Int8Codec(dataclasses.replace(LAYOUT, heads=1)))
 
 
 class Slow(Int8Codec):

@@ -2,19 +2,25 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import ModelError
 from cluster.messages import Sampling
+from tests.workers.shard_processes import ShardProcesses, State
 from tests.workers.tiny_models import build, generate, load, prompts, reference
-from workers.architecture import load_architecture
-from workers.weights import load_weights
+from workers.architecture import load_architecture, sizes
+from workers.safetensors_writer import Planned, write_shards
+from workers.shard import Shard, shards, whole
+from workers.weights import Weights, load_weights, shapes
 
 Tensors = dict[str, torch.Tensor]
+CONSTANT_BYTES = 12 * 2**20  # of code that runs for the first time, and the buffer of one read
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
@@ -38,8 +44,11 @@ def shard(directory: Path, tensors: Tensors, both: str | None = None) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def read(directory: Path, progress: Callable[[float], None] | None = None) -> None:
-    load_weights(directory, load_architecture(directory), torch.float32, torch.device("cpu"), progress)
+def read(directory: Path, progress: Callable[[float], None] | None = None) -> Weights:
+    architecture = load_architecture(directory)
+    return load_weights(
+        directory, architecture, whole(sizes(architecture)), torch.float32, torch.device("cpu"), progress
+    )
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
@@ -60,7 +69,9 @@ def test_progress_rises_to_one(tmp_path: Path) -> None:
 def test_a_half_precision_checkpoint_is_converted(tmp_path: Path) -> None:
     build("llama", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
-    weights = load_weights(tmp_path, load_architecture(tmp_path), torch.float32, torch.device("cpu"))
+    weights = read(tmp_path)
+    assert weights.embedding is not None
+    assert weights.norm is not None
     assert weights.embedding.dtype is torch.float32
     assert torch.equal(weights.norm, load_file(tmp_path / "model.safetensors")["model.norm.weight"].float())
 
@@ -95,6 +106,58 @@ def test_a_tensor_at_fault_is_named(change: Callable[[Tensors], None], reason: s
     rewrite(tmp_path, change)
     with pytest.raises(ModelError, match=reason):
         read(tmp_path)
+    architecture = load_architecture(tmp_path)
+    for other in shards(sizes(architecture), 1, 3)[::2]:  # the fault is in another stage's layer
+        with pytest.raises(ModelError, match=reason):
+            load_weights(tmp_path, architecture, other, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("name", "pp"), [("llama", 1), ("llama", 2), ("llama-tied-biased", 2)])
+def test_shards_share_out_the_vocabulary(name: str, pp: int, tmp_path: Path) -> None:
+    model = build(name, tmp_path)
+    architecture = load_architecture(tmp_path)
+    rows = []
+    for shard in shards(sizes(architecture), 3, pp):
+        weights = load_weights(tmp_path, architecture, shard, torch.float32, torch.device("cpu"))
+        assert len(weights.layers) == shard.layers[1] - shard.layers[0]
+        assert (weights.embedding is not None) == shard.first_stage
+        assert (weights.logits is not None) == (weights.norm is not None) == shard.last_stage
+        rows += [] if weights.embedding is None else [weights.embedding]
+    assert torch.equal(torch.cat(rows), model.get_input_embeddings().weight)
+
+
+def test_a_rank_never_holds_more_than_its_share(processes: ShardProcesses, tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "vocab_size": 16000, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    architecture = load_architecture(tmp_path)
+    planned = {
+        name: Planned(shape, "F32", partial(np.ones, shape, np.float32)) for name, shape in shapes(architecture).items()
+    }
+    write_shards(tmp_path, planned, lambda _: None)
+    share = sum(tensor.nbytes for tensor in planned.values()) / 2
+    assert share > 4 * CONSTANT_BYTES
+    parts = shards(sizes(architecture), 2, 1) + shards(sizes(architecture), 1, 2)
+    # each in a process that had no large weights before, whose memory it might use
+    for growth in processes.all(growth_while_loading, [(tmp_path, shard) for shard in parts]):
+        assert share < growth < share * 1.15 + CONSTANT_BYTES
+
+
+def growth_while_loading(state: State, directory: Path, shard: Shard) -> int:
+    """Bytes by which this process exceeded what it had before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    before = _memory("VmRSS")
+    with torch.inference_mode():
+        weights = load_weights(directory, load_architecture(directory), shard, torch.float32, torch.device("cpu"))
+    assert weights.layers
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:

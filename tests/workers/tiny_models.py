@@ -2,13 +2,14 @@
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.messages import Generation, Sampling
+from kvstore.layout import Layout
 from workers.model_runner import ModelRunner
 from workers.runner import Chunk
 from workers.sequence import Sequence
@@ -103,8 +104,17 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [[int(token) for token in rng.integers(3, VOCAB, length)] for length in lengths]
 
 
+class Computes(Protocol):
+    """What `generate` drives."""
+
+    layout: Layout
+    num_blocks: int
+
+    def run(self, chunks: list[Chunk]) -> list[int | None]: ...
+
+
 def generate(
-    runner: ModelRunner,
+    runner: Computes,
     given: list[list[int]],
     new_tokens: int,
     sampling: Sampling,
