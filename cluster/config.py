@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import tempfile
 import tomllib
@@ -20,6 +21,7 @@ import pydantic
 from pydantic import Field
 
 from cluster.errors import ConfigError
+from cluster.messages import Role
 
 ENV_PREFIX = "TANDEM_"
 SHM = "/dev/shm"
@@ -88,6 +90,22 @@ class Config(pydantic.BaseModel):
         60.0, gt=0, description="longest step of a worker's shards before they count as stalled"
     )
 
+    @property
+    def roles(self) -> tuple[tuple[Role, int], ...]:
+        """(role, how many workers start in it)."""
+        if self.prefill == 0:
+            return (("both", self.decode),)
+        return (("prefill", self.prefill), ("decode", self.decode))
+
+    def grid(self, role: Role) -> tuple[int, int]:
+        """(tensor parallel ranks, pipeline stages) of a worker that starts in that role."""
+        return (self.prefill_tp, self.prefill_pp) if role == "prefill" else (self.decode_tp, self.decode_pp)
+
+    @property
+    def shards(self) -> int:
+        """Of all workers together."""
+        return sum(count * math.prod(self.grid(role)) for role, count in self.roles)
+
     @pydantic.field_validator("secret")
     @classmethod
     def _long_secret(cls, value: str) -> str:
@@ -101,6 +119,14 @@ class Config(pydantic.BaseModel):
     def _own_operator_key(self) -> Self:
         if self.operator_key and self.operator_key in self.api_keys:
             raise ValueError("operator_key: is one of api_keys too; give operators a key that no tenant has")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _shards_of_somebody(self) -> Self:
+        if self.prefill == 0 and (self.prefill_tp, self.prefill_pp) != (1, 1):
+            raise ValueError(
+                "prefill_tp, prefill_pp: there are no prefill workers (prefill = 0); set decode_tp and decode_pp"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -159,7 +185,7 @@ def resolved(config: Config) -> Config:
     return config.model_copy(
         update={
             "dtype": dtype,
-            "threads": config.threads or max(1, (os.cpu_count() or 1) // workers),
+            "threads": config.threads or max(1, (os.cpu_count() or 1) // config.shards),
             "kv_memory": config.kv_memory or psutil.virtual_memory().available // (4 * workers),
             "store_memory": config.store_memory or _store_memory(Path(SHM), Path(tempfile.gettempdir())),
         }

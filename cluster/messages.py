@@ -185,6 +185,9 @@ class WorkerInfo:
     incarnation: int
     max_context: int
     block_size: int
+    tp: int = 1  # tensor parallel ranks
+    pp: int = 1  # pipeline stages
+    shard_pids: tuple[int, ...] = ()  # rank -> process; the first is `pid`
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""The plain classes that Ray turns into actors: a worker and a block store, each an asyncio program on its own thread.
+"""The plain classes that Ray turns into actors: a worker's rank 0, its other ranks, a block store.
 
-Construction returns at once and `ready` waits, so that loading can be watched and every actor loads in parallel. When
-Ray restarts an actor after a crash, construction alone brings it back: same id, new address, new incarnation or epoch.
+A worker and a store are asyncio programs on a thread of their own. Construction returns at once and `ready` waits, so
+that loading can be watched and every actor loads in parallel. When Ray restarts one after a crash, construction alone
+brings it back: same id, new address, new incarnation or epoch, new shards.
 """
 
 from __future__ import annotations
@@ -13,26 +14,32 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.errors import ModelError, TandemError
+from cluster.config import Config
+from cluster.errors import ModelError, StartupError, TandemError
 from cluster.identity import Identity
 from cluster.messages import StoreInfo, WorkerInfo
+from deploy.shards import assemble, follow
 from kvstore.layout import Layout
 from kvstore.server import StoreServer
-from workers.architecture import load_architecture
-from workers.model_runner import ModelRunner
-from workers.quantization import Int8Codec
-from workers.runner import Runner
-from workers.sim import SimRunner, Timings, sim_layout
-from workers.stored_blocks import EncodedBlocks
 from workers.worker import Worker, WorkerSettings
 
 STOP_S = 15.0
+PLACE_S = 60.0  # for processes whose place is reserved
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger(__name__)
+
+
+def runtime_environment(config: Config) -> dict[str, Any]:
+    """Of a shard's process. Threads are set before torch is imported: more than cores cost 20 ms at every OpenMP
+    barrier."""
+    return {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}}
 
 
 class Service(Protocol):
@@ -44,7 +51,7 @@ class Actor:
     """Runs one Service on an event loop of its own."""
 
     def __init__(self, build: Callable[[], Service]) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         self._build = build
         self._loop = asyncio.new_event_loop()
         self._started: Future[WorkerInfo | StoreInfo] = Future()
@@ -85,39 +92,60 @@ class Actor:
 
 
 class WorkerActor(Actor):
+    """Rank 0 of a worker. The other ranks are actors that it starts itself, beside it in its placement group, whenever
+    it starts: they end with it, and one that ends takes it along."""
+
     def __init__(self, settings: WorkerSettings, model: Path) -> None:
         self._progress = 0.0
-        settings = dataclasses.replace(settings, identity=_here(settings.identity))
+        self._room = ray.util.get_current_placement_group()
+        self._shards: list[Any] = []  # an actor lives as long as somebody has its handle
         super().__init__(lambda: self._worker(settings, model))
 
     def progress(self) -> float:
-        """How much of the weights is loaded, 0..1."""
+        """How much of the weights is loaded, 0..1; of rank 0's part."""
         return self._progress
 
     def _worker(self, settings: WorkerSettings, model: Path) -> Worker:
-        runner = self._runner(settings, model)
-        quantized = settings.config.kv_quantization == "int8"
-        return Worker(runner, settings, EncodedBlocks(runner, Int8Codec(runner.layout)) if quantized else None)
+        start = partial(self._start_shards, settings, model)  # settings as given: a shard's address is its own node's
+        settings = dataclasses.replace(settings, identity=_here(settings.identity))
+        self._assembled = assemble(settings, model, start, self._report)
+        return self._assembled.worker(settings)
 
-    def _runner(self, settings: WorkerSettings, model: Path) -> Runner:
-        config = settings.config
-        if config.runner == "sim":
-            layout = sim_layout(config.block_size)
-            longest = -(-settings.max_context // config.block_size)
-            num_blocks = longest * max(2, config.max_sequences // 4)
-            timings = Timings(config.sim_step_ms / 1000, config.sim_token_ms / 1000)
-            return SimRunner(layout, num_blocks, load_architecture(model).vocab_size, timings)
-        return ModelRunner.load(
-            model,
-            dtype=config.dtype,
-            block_size=config.block_size,
-            kv_memory_bytes=config.kv_memory,
-            max_context=settings.max_context,
-            progress=self._report,
-        )
+    def _start_shards(self, settings: WorkerSettings, model: Path, address: str) -> list[int]:
+        config, room = settings.config, self._room
+        assert room is not None, "a worker of several shards is started in a placement group"
+        tp, pp = config.grid(settings.role)
+        for rank in range(1, tp * pp):
+            place = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=rank // tp)
+            actor = ray.remote(ShardActor).options(
+                num_cpus=config.threads,
+                max_restarts=0,
+                runtime_env=runtime_environment(config),
+                scheduling_strategy=place,
+            )
+            self._shards.append(actor.remote(settings, model, rank, address))
+        try:
+            pids: list[int] = ray.get([shard.pid.remote() for shard in self._shards], timeout=PLACE_S)
+        except ray.exceptions.GetTimeoutError:
+            raise StartupError(f"Ray did not start the shards of {settings.id} within {PLACE_S:.0f} s") from None
+        except ray.exceptions.RayActorError as error:
+            raise StartupError(f"a shard of {settings.id} died while starting: {str(error).splitlines()[0]}") from None
+        return pids
 
     def _report(self, fraction: float) -> None:
         self._progress = fraction
+
+
+class ShardActor:
+    """Any other rank of a worker. Ray starts it and looks after its process; everything else is said between ranks."""
+
+    def __init__(self, settings: WorkerSettings, model: Path, rank: int, address: str) -> None:
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+        settings = dataclasses.replace(settings, identity=_here(settings.identity))
+        threading.Thread(target=follow, args=(settings, model, rank, address), name="shard", daemon=True).start()
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
 class StoreActor(Actor):

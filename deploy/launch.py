@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import math
 import os
 import signal
 import socket
@@ -25,29 +26,26 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import Config
 from cluster.errors import StartupError, TandemError
 from cluster.identity import Identity
-from cluster.messages import Role, StoreInfo, WorkerInfo
-from deploy import disk_tier, front_door
-from deploy.actors import StoreActor, WorkerActor
-from deploy.environment import LOOPBACK, starts_ray
+from cluster.messages import StoreInfo, WorkerInfo
+from deploy import disk_tier, front_door, placement
+from deploy.actors import StoreActor, WorkerActor, runtime_environment
+from deploy.environment import LOOPBACK, free_range, starts_ray
 from deploy.models import ResolvedModel
+from deploy.served_model import block_layout, max_context, model_key, model_sizes
 from deploy.store_sets import StoreSet, store_sets
-from kvstore.hashing import ModelKey
-from kvstore.layout import Layout
 from kvstore.redis_server import EmbeddedRedis, ping
 from router.settings import RouterSettings
-from workers.architecture import Architecture, load_architecture
-from workers.architecture import layout as model_layout
-from workers.digest import weights_digest
-from workers.sim import sim_layout
+from workers.architecture import load_architecture
 from workers.worker import WorkerSettings
 
 READY_S = 600.0  # weights of a large model from a slow disk
-PLACE_S = 60.0  # an actor that Ray has not started by then has no node to run on
+PLACE_S = 60.0  # what Ray has not placed by then has no node to run on
 STOP_S = 20.0
 POLL_S = 0.1
 WATCH_S = 1.0
@@ -75,6 +73,7 @@ class Running:
 
 def check_port(host: str, port: int) -> int:
     """The port, or a free one for 0. Raises StartupError when it is taken."""
+    port = port or free_range(1)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -89,7 +88,8 @@ def check_port(host: str, port: int) -> int:
 def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator[Running]:
     """Everything up on entry, everything down on exit. `config` is resolved. Raises StartupError."""
     architecture = load_architecture(model.directory)
-    max_context = _max_context(config, architecture)
+    context = max_context(config, architecture)
+    placement.check_model(config, model_sizes(config, architecture))
     port = check_port(config.host, config.port)
     disk = disk_tier.folder(config)
     secret = disk_tier.cluster_secret(config, disk)
@@ -106,7 +106,8 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         nodes = [node for node in ray.nodes() if node["Alive"]]
         if len(nodes) > 1 and not config.redis_url:
             raise StartupError("several nodes need a Redis that all of them reach; give one with --redis-url")
-        key = model_key(config, model.directory, architecture)
+        placement.check_nodes(config, [node["Resources"].get("CPU", 0.0) for node in nodes])
+        key = model_key(config, model.directory)
         # deployments with different secrets cannot talk, so they must not find each other in a shared Redis either
         namespace = hashlib.sha256(f"{key.namespace}/{secret}".encode()).hexdigest()[:16]
         identity = Identity(namespace, redis_url, secret, LOOPBACK if starts_ray() else "")
@@ -115,9 +116,9 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         places = [(node["NodeID"], index) for node in nodes for index in range(config.stores)]
         stores = [_store(stack, config, *place, kind) for place in places for kind in sets]
         workers = []
-        for role, count in _roles(config):
+        for role, count in config.roles:
             for index in range(count):
-                duty = WorkerSettings(f"{role}-{index}", role, key, max_context, identity, config)
+                duty = WorkerSettings(f"{role}-{index}", role, key, context, identity, config)
                 workers.append(_worker(stack, duty, model.directory))
         report("starting the HTTP front door", 0.0)
         stack.callback(_stop_serve)
@@ -131,7 +132,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
             namespace=namespace,
             cluster_secret=secret,
             redis_url=redis_url,
-            max_context=max_context,
+            max_context=context,
             vocab_size=architecture.vocab_size,
             eos_token_ids=architecture.eos_token_ids,
             model_key=key,
@@ -144,39 +145,12 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         yield Running(url, settings.served_model_name, worker_infos, store_infos, redis)
 
 
-def model_key(config: Config, directory: Path, architecture: Architecture) -> ModelKey:
-    """What block hashes are rooted in: two deployments share KV only when all of it is equal."""
-    tokenizer = hashlib.sha256((directory / "tokenizer.json").read_bytes()).digest()
-    weights = b"sim" if config.runner == "sim" else weights_digest(directory)
-    return ModelKey(model=weights, tokenizer=tokenizer, dtype=config.dtype, block_size=config.block_size)
-
-
-def block_layout(config: Config, architecture: Architecture) -> Layout:
-    if config.runner == "sim":
-        return sim_layout(config.block_size)
-    return model_layout(architecture, config.dtype, config.block_size)
-
-
-def _max_context(config: Config, architecture: Architecture) -> int:
-    if config.max_context > architecture.max_context:
-        raise StartupError(
-            f"max_context {config.max_context} is above the model's {architecture.max_context}; lower --max-context"
-        )
-    return config.max_context or architecture.max_context
-
-
-def _roles(config: Config) -> list[tuple[Role, int]]:
-    if config.prefill == 0:
-        return [("both", config.decode)]
-    return [("prefill", config.prefill), ("decode", config.decode)]
-
-
 @contextlib.contextmanager
 def _ray(config: Config) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine that nobody else can reach."""
     options: dict[str, Any] = {}
     if starts_ray():
-        needed = (config.prefill + config.decode) * config.threads
+        needed = config.shards * config.threads
         options = {
             "include_dashboard": False,
             "num_cpus": max(os.cpu_count() or 1, needed),
@@ -223,20 +197,38 @@ def _store(stack: contextlib.ExitStack, config: Config, node_id: str, index: int
 
 
 def _worker(stack: contextlib.ExitStack, settings: WorkerSettings, model: Path) -> Any:
-    # set before torch is imported: threads beyond the cores cost 20 ms at every OpenMP barrier
-    environment = {"OMP_NUM_THREADS": str(settings.config.threads)}
+    """The rank of a worker that leads it. It starts the others itself, next to it in its placement group."""
+    strategy: Any = "DEFAULT"
+    if math.prod(settings.config.grid(settings.role)) > 1:
+        strategy = PlacementGroupSchedulingStrategy(_room(stack, settings), placement_group_bundle_index=0)
     actor = (
         ray.remote(WorkerActor)
         .options(
             num_cpus=settings.config.threads,
             max_restarts=-1,
             max_concurrency=4,
-            runtime_env={"env_vars": environment},
+            runtime_env=runtime_environment(settings.config),
+            scheduling_strategy=strategy,
         )
         .remote(settings, model)
     )
     stack.callback(_stop_actor, actor)
     return actor
+
+
+def _room(stack: contextlib.ExitStack, settings: WorkerSettings) -> PlacementGroup:
+    """Room for all shards of a worker: each stage's tensor group on one node, the stages as close as may be."""
+    group: PlacementGroup = placement_group(
+        placement.bundles(settings.config, settings.role), strategy="PACK", name=settings.id
+    )
+    stack.callback(remove_placement_group, group)
+    if not group.wait(PLACE_S):
+        tp, pp = settings.config.grid(settings.role)
+        raise StartupError(
+            f"{settings.id}: Ray found no room for {pp} stages of {tp * settings.config.threads} CPUs each; see "
+            "`ray status`"
+        )
+    return group
 
 
 def _await(actor: Any, name: str, report: Report) -> Any:

@@ -14,12 +14,15 @@ from deploy.bench.report import Figure, median
 from workers.architecture import Architecture, load_architecture
 from workers.engine import Engine
 from workers.model_runner import ModelRunner
+from workers.runner import Runner
 from workers.sequence import Sequence
+from workers.step import Step
 
 BATCHES = (1, 8, 32)
 CONTEXT = 200  # tokens of a decode's context
 DECODE_STEPS = 24
 PREFILL = 1024
+MAX_CONTEXT = 2048
 REPETITIONS = 5
 
 
@@ -30,7 +33,7 @@ def measure(model: Path, config: Config, machine: Machine) -> list[Figure]:
         dtype=config.dtype,
         block_size=config.block_size,
         kv_memory_bytes=config.kv_memory,
-        max_context=min(4096, architecture.max_context),
+        max_context=MAX_CONTEXT,
     )
     cost = Cost(architecture, runner.layout.itemsize, runner.layout.token_bytes)
     figures = [_decode(runner, config, machine, cost, batch) for batch in BATCHES]
@@ -53,14 +56,32 @@ class Cost:
         return 2.0 * (tokens * self.layers + sampled * self.head) + self.attention * pairs
 
 
-def _engine(runner: ModelRunner, config: Config, budget: int) -> Engine:
-    return Engine(runner, token_budget=budget, max_sequences=64, max_context=4096)
+def _engine(runner: Runner, config: Config) -> Engine:
+    return Engine(runner, token_budget=config.token_budget, max_sequences=config.max_sequences, max_context=MAX_CONTEXT)
 
 
-def _step(engine: Engine) -> None:
+def step(engine: Engine) -> Step:
     """One step of an engine that has no store: what it would write there is given back at once."""
-    step = engine.step(0.0)
-    engine.offloaded(step.offloads)
+    done = engine.step(0.0)
+    engine.offloaded(done.offloads)
+    return done
+
+
+def decoding(runner: Runner, config: Config, batch: int, context: int, new: int) -> Engine:
+    """An engine whose sequences have all had their first of `new` tokens."""
+    engine = _engine(runner, config)
+    for index in range(batch):
+        engine.add(_sequence(f"d{index}", context, new, runner.vocab_size))
+    while not all(sequence.emitted for sequence in engine.sequences.values()):
+        step(engine)
+    return engine
+
+
+def drain(engine: Engine) -> None:
+    """End what is left of it, and the steps that are in flight."""
+    engine.abort(list(engine.sequences))
+    while step(engine).computed:
+        pass
 
 
 def _sequence(name: str, length: int, new: int, vocab_size: int) -> Sequence:
@@ -70,16 +91,12 @@ def _sequence(name: str, length: int, new: int, vocab_size: int) -> Sequence:
 
 
 def _decode(runner: ModelRunner, config: Config, machine: Machine, cost: Cost, batch: int) -> Figure:
-    engine = _engine(runner, config, config.token_budget)
-    for index in range(batch):
-        engine.add(_sequence(f"d{index}", CONTEXT, DECODE_STEPS * (REPETITIONS + 2), runner.vocab_size))
-    while engine.scheduler.waiting or any(s.gap > 1 for s in engine.scheduler.running):
-        _step(engine)
+    engine = decoding(runner, config, batch, CONTEXT, DECODE_STEPS * (REPETITIONS + 2))
     rates = []
     for repetition in range(REPETITIONS + 1):
         start = time.perf_counter()
         for _ in range(DECODE_STEPS):
-            _step(engine)
+            step(engine)
         if repetition:  # the first warms up
             rates.append(batch * DECODE_STEPS / (time.perf_counter() - start))
     value, spread = median(rates)
@@ -91,11 +108,11 @@ def _decode(runner: ModelRunner, config: Config, machine: Machine, cost: Cost, b
 def _prefill(runner: ModelRunner, config: Config, machine: Machine, cost: Cost) -> list[Figure]:
     times = []
     for repetition in range(REPETITIONS + 1):
-        engine = _engine(runner, config, config.token_budget)
+        engine = _engine(runner, config)
         engine.add(_sequence("p", PREFILL, 2, runner.vocab_size))
         start = time.perf_counter()
         while not engine.output_tokens:
-            _step(engine)
+            step(engine)
         if repetition:
             times.append(time.perf_counter() - start)
     value, spread = median(times)

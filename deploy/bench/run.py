@@ -9,11 +9,11 @@ from rich.console import Console
 
 from cluster.config import Config
 from cluster.errors import StartupError
-from deploy.bench import engine, machine, serve, store, tier
+from deploy.bench import engine, machine, serve, shard_memory, shard_steps, store, tier
 from deploy.bench.report import show, write
 
-SECTIONS = ("engine", "serve", "store", "tier")
-NEED_A_MODEL = {"engine", "serve", "tier"}
+SECTIONS = ("engine", "serve", "store", "tier", "shards")
+NEED_A_MODEL = {"engine", "serve", "tier", "shards"}
 
 
 def run(model: Path | None, config: Config, sections: list[str], out: Path | None, console: Console) -> None:
@@ -36,6 +36,9 @@ def run(model: Path | None, config: Config, sections: list[str], out: Path | Non
     if model is not None and "tier" in sections:
         console.print("measuring what a prompt costs whose worker was killed", style="dim")
         figures += tier.measure(model, config)
+    if model is not None and "shards" in sections:
+        console.print("measuring workers of several shards", style="dim")
+        figures += shard_memory.measure() + shard_steps.measure(model, config)
     show(figures, console)
     if out is not None:
         write(figures, out)

@@ -109,6 +109,29 @@ def test_the_documentation_lists_every_setting_as_it_is() -> None:
         assert f"| `{name}` | {default} | {field.description} |" in text
 
 
+def test_shards_of_workers_by_role() -> None:
+    config = Config(prefill=2, decode=3, prefill_tp=2, decode_tp=3, decode_pp=2)
+    assert config.roles == (("prefill", 2), ("decode", 3))
+    assert (config.grid("prefill"), config.grid("decode")) == ((2, 1), (3, 2))
+    assert config.shards == 2 * 2 + 3 * 6
+    both = Config(prefill=0, decode=2, decode_pp=2)
+    assert both.roles == (("both", 2),)
+    assert (both.grid("both"), both.shards) == ((1, 2), 4)
+
+
+def test_threads_are_shared_by_all_shards_and_memory_by_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=800))
+    done = resolved(Config(prefill_tp=3, store_memory=1))
+    assert (done.threads, done.kv_memory) == (4, 100)
+    assert resolved(Config(decode_tp=4, decode_pp=5, store_memory=1)).threads == 1
+
+
+def test_shards_of_prefill_workers_that_there_are_none_of() -> None:
+    with pytest.raises(ConfigError, match=r"prefill_tp, prefill_pp: .*set decode_tp and decode_pp"):
+        load(None, {}, {"prefill": 0, "prefill_tp": 2})
+
+
 def test_token_ids_are_not_quantized() -> None:
     assert load(None, {}, {"kv_quantization": "int8"}).kv_quantization == "int8"
     with pytest.raises(ConfigError, match=r"kv_quantization.*sim"):

@@ -45,6 +45,19 @@ def test_truncated_weights(copy: Path) -> None:
     assert "model.safetensors" in fails(str(copy), "--port", "0")
 
 
+def test_truncated_weights_of_a_worker_of_several_shards(copy: Path) -> None:
+    """One line, though every shard finds it out."""
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in fails(str(copy), "--port", "0", "--prefill", "0", "--decode-pp", "2")
+
+
+def test_more_shards_than_the_model_can_be_cut_into(tiny: Path) -> None:
+    message = fails(str(tiny), "--port", "0", "--decode-tp", "8")
+    assert "--decode-tp 8" in message
+    assert "use 1 to 4" in message
+
+
 def test_an_unsupported_architecture(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
@@ -94,13 +107,13 @@ def test_a_context_longer_than_the_model_has(tiny: Path) -> None:
     assert "--max-context" in fails(str(tiny), "--port", "0", "--max-context", "1000000")
 
 
-@pytest.mark.parametrize("child", ["redis-server", "raylet", "ray::WorkerActor"])
+@pytest.mark.parametrize("child", ["redis-server", "raylet", "ray::WorkerActor", "ray::ShardActor"])
 def test_ctrl_c_while_it_starts(tiny: Path, tmp_path: Path, child: str) -> None:
     """Interrupted as soon as a certain child exists, it stops what it has started."""
     mark = uuid.uuid4().hex
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            command("serve", str(tiny), "--port", "0"),
+            command("serve", str(tiny), "--port", "0", "--decode-pp", "2"),
             stdout=log,
             stderr=log,
             env=environment(mark),

@@ -55,7 +55,8 @@ def test_int8_blocks_outlive_their_worker_and_exact_requests_do_not_see_them(tin
             assert (exact.tokens, cached(exact.usage)) == (right, expected)
             wait_until(lambda: kept(served, "store-") >= FULL, 20, lambda: str(served.status()))
         served.assert_no_leaks()
-    with serving(str(tiny), "--dtype", "float32", **int8) as served:  # everything was restarted
+    shards = ("--prefill-tp", "2", "--decode-pp", "2")
+    with serving(str(tiny), "--dtype", "float32", *shards, **int8) as served:  # everything was restarted, and cut anew
         for exact in (True, False):
             tokens = served.metric("tandem_fetched_tokens_total")
             disk = served.complete(PROMPT, 16, ignore_eos=True, exact_kv=exact)

@@ -9,50 +9,25 @@ import os
 import queue
 import random
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 import redis
 
-from cluster.messages import Generation, Sampling
 from kvstore.redis_server import EmbeddedRedis
+from tests.e2e.sim_oracle import Oracle
 from tests.serving import Served, serving, wait_until
 from workers.architecture import load_architecture
-from workers.engine import Engine
-from workers.sequence import Sequence
-from workers.sim import SimRunner, sim_layout
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "300"))
 FAULTS = 0.05
 USERS = 8
-BLOCK = 16
 HEALTHY_S = 90
-
-
-@dataclass
-class Oracle:
-    """What an engine with nothing cached answers."""
-
-    vocab_size: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __call__(self, prompt: list[int], new: int) -> list[int]:
-        with self.lock:
-            runner = SimRunner(sim_layout(BLOCK), -(-(len(prompt) + new) // BLOCK), self.vocab_size)
-            engine = Engine(runner, token_budget=4096, max_sequences=1, max_context=len(prompt) + new)
-            generation = Generation("x", tuple(prompt), (), Sampling(max_tokens=new, temperature=0.0), b"", 0)
-            sequence = Sequence(generation, "oracle", root=bytes(32), deadline=float("inf"))
-            engine.add(sequence)
-            while engine.sequences:
-                engine.offloaded(engine.step(0.0).offloads)
-            return sequence.tokens[len(prompt) :]
 
 
 class Prompts:
@@ -125,7 +100,8 @@ class Chaos:
         )
 
     def _worker(self) -> int:
-        return self._rng.choice(self._served.status()["workers"])["pid"]
+        """Any of its shards."""
+        return self._rng.choice(self._rng.choice(self._served.status()["workers"])["shard_pids"])
 
     def _store(self) -> int:
         return self._rng.choice(self._served.status()["stores"])["pid"]
@@ -181,7 +157,8 @@ def test_a_long_run_with_faults_is_exact_and_leaks_nothing(tiny: Path, tmp_path:
             "TANDEM_SIM_STEP_MS": "2",
             "TANDEM_SIM_TOKEN_MS": "0.2",  # or computing would always be predicted to be faster than fetching
         }
-        with serving(str(tiny), "--runner", "sim", "--prefill", "2", "--decode", "2", **settings) as served:
+        cut = ("--prefill", "2", "--decode", "2", "--prefill-tp", "2", "--decode-pp", "2")
+        with serving(str(tiny), "--runner", "sim", *cut, **settings) as served:
             chaos = Chaos(served, redis_server, rng)
             cases = []
             for _ in range(REQUESTS):

@@ -23,10 +23,14 @@ from tests.workers.site import Site, generation, prefill, until
 from workers.architecture import layout, load_architecture
 from workers.worker import WorkerSettings
 
-GRIDS = [(tp, pp) for tp in (1, 2, 3) for pp in (1, 2, 3) if tp * pp <= 4]
+Grid = tuple[int, int]  # tp, pp
+Pair = tuple[Grid, Grid]  # of the prefill worker, of the decode worker
+GRIDS: list[Grid] = [(tp, pp) for tp in (1, 2, 3) for pp in (1, 2, 3) if tp * pp <= 4]
+PAIRS: list[Pair] = list(itertools.product(GRIDS, GRIDS))
 BLOCK = 4
 NEW = 10
 CONTEXT = 256
+HELLO = (7, 7)  # what `Site.connected` has every worker compute
 KEY = ModelKey(b"tiny", b"tokenizer", "float32", BLOCK)
 # KV heads: one each for two ranks, two and a copy for three; layers: 2 + 1 + 1 over three stages
 SIZES = {
@@ -43,11 +47,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), seed=3, **SIZES)
 
 
-def name(grid: tuple[int, int]) -> str:
+def name(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"
 
 
-def settings(site: Site, grid: tuple[int, int]) -> WorkerSettings:
+def settings(site: Site, grid: Grid) -> WorkerSettings:
     tp, pp = grid
     config = Config(
         prefill=0, decode_tp=tp, decode_pp=pp, dtype="float32", block_size=BLOCK, kv_memory=2**23, token_budget=32,
@@ -59,7 +63,7 @@ def settings(site: Site, grid: tuple[int, int]) -> WorkerSettings:
 @pytest.mark.timeout(180)
 def test_every_pairing_hands_over_and_every_grid_reads_what_another_has_written(model: Path) -> None:
     rng = random.Random(4)
-    prompts = {pair: [rng.randrange(10, 500) for _ in range(rng.randrange(40, 75))] for pair in pairs()}
+    prompts = {pair: [rng.randrange(10, 500) for _ in range(rng.randrange(40, 75))] for pair in PAIRS}
     right = {pair: greedy(model, tuple(prompt), NEW) for pair, prompt in prompts.items()}
     blocks = layout(load_architecture(model), "float32", BLOCK)
 
@@ -91,15 +95,7 @@ def test_every_pairing_hands_over_and_every_grid_reads_what_another_has_written(
         asyncio.run(main(redis, stack))
 
 
-HELLO = (7, 7)  # what `Site.connected` has every worker compute
-Pair = tuple[tuple[int, int], tuple[int, int]]  # prefill grid, decode grid
-
-
-def pairs() -> list[Pair]:
-    return list(itertools.product(GRIDS, GRIDS))
-
-
-def reader(pair: Pair) -> tuple[int, int]:
+def reader(pair: Pair) -> Grid:
     """A grid that has neither computed nor received the blocks; over all pairs every other one reads from each."""
     writer, apart = GRIDS.index(pair[0]), (GRIDS.index(pair[1]) - GRIDS.index(pair[0])) % len(GRIDS)
     return GRIDS[(writer + apart % (len(GRIDS) - 1) + 1) % len(GRIDS)]

@@ -1,0 +1,74 @@
+"""Whether the shards that were asked for fit the model and the nodes, and what room Ray is asked for. Pure.
+
+The tensor parallel ranks of one pipeline stage, a tensor group, exchange sums several times per layer: they must be on
+one node. Stages pass activations on once a step and may be on different ones. One CPU per thread of every shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.config import Config
+from cluster.errors import ModelError, StartupError
+from cluster.messages import Role
+from workers.shard import Sizes, check
+
+
+def check_model(config: Config, sizes: Sizes) -> None:
+    """Raises ModelError, naming the setting and what it may be, when the model cannot be cut as configured."""
+    for role, _ in config.roles:
+        tp, pp = config.grid(role)
+        try:
+            check(sizes, tp, pp)
+        except ModelError as error:
+            setting = _setting(role)
+            raise ModelError(f"--{setting}-tp {tp} --{setting}-pp {pp}: {error.message}") from None
+
+
+def check_nodes(config: Config, node_cpus: Sequence[float]) -> None:
+    """Raises StartupError when nodes of that many CPUs cannot hold all workers at once. `config` is resolved.
+
+    What passes may still not fit, as packing goes; the deadline on placement groups is for that.
+    """
+    largest = max(node_cpus, default=0.0)
+    groups: list[int] = []  # CPUs of every tensor group
+    for role, count in config.roles:
+        tp, pp = config.grid(role)
+        size = tp * config.threads
+        groups += [size] * (count * pp)
+        if size > largest:
+            raise StartupError(
+                f"{role} workers need {size} CPUs on one node (--{_setting(role)}-tp {tp} x {config.threads} threads) "
+                f"and the largest has {largest:g}; {_allowed(role, tp, config.threads, int(largest))}"
+            )
+    for size in sorted(set(groups), reverse=True):
+        wanted, room = sum(group >= size for group in groups), sum(int(cpus // size) for cpus in node_cpus)
+        if wanted > room or sum(groups) > sum(node_cpus):
+            raise StartupError(
+                f"{config.shards} shards x {config.threads} threads need {sum(groups)} CPUs, {size} at a time on one "
+                f"node, and {len(node_cpus)} node(s) have {sum(node_cpus):g}; start fewer workers, lower threads, "
+                "--prefill-tp, --prefill-pp, --decode-tp or --decode-pp, or add nodes"
+            )
+
+
+def bundles(config: Config, role: Role) -> list[dict[str, float]]:
+    """Pipeline stage -> the resources of its tensor group, in Ray's words. A bundle is on one node."""
+    tp, pp = config.grid(role)
+    return [{"CPU": float(tp * config.threads)} for _ in range(pp)]
+
+
+def _allowed(role: Role, tp: int, threads: int, largest: int) -> str:
+    """Which values would do, each with the other as it is."""
+    choices = [f"threads {_upto(largest // tp)}"] if largest >= tp else []
+    if tp > 1 and largest >= threads:
+        choices.append(f"--{_setting(role)}-tp {_upto(largest // threads)}")
+    return f"use {' or '.join(choices)}" if choices else f"use --{_setting(role)}-tp 1 and threads 1"
+
+
+def _upto(most: int) -> str:
+    return "1" if most == 1 else f"1 to {most}"
+
+
+def _setting(role: Role) -> str:
+    """Whose settings a worker of that role goes by."""
+    return "prefill" if role == "prefill" else "decode"

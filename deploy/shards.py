@@ -1,0 +1,127 @@
+"""How the shards of one worker are put together, whoever starts their processes: Ray's actors, or a test.
+
+    rank 0     assemble ── starts the others ──► they join ──► all meet, load ──► Lead ──► the engine of a `Worker`
+    a shard    follow   ── until rank 0 ends, then the process ends
+
+Every rank builds its own stage: its part of the model or of the simulator, linked to the other parts. No Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from deploy.served_model import model_sizes
+from workers.architecture import load_architecture
+from workers.assembly import join, load
+from workers.control import ControlListener
+from workers.follower import Follower
+from workers.lead import Lead
+from workers.links import Links, NoLinks
+from workers.model_runner import ModelRunner
+from workers.process_links import ProcessLinks, Rendezvous
+from workers.quantization import Int8Codec
+from workers.runner import Runner
+from workers.shard import Shard, shards
+from workers.shard_blocks import BlockServer
+from workers.sim import SimRunner, Timings, sim_layout
+from workers.stored_blocks import EncodedBlocks
+from workers.worker import Worker, WorkerSettings
+
+JOIN_S = 60.0  # from a process that has started to one that has imported what it needs
+LOAD_S = 600.0  # weights of a large model from a slow disk
+SIM_SHARE = 4  # the sim runner's cache has room for this part of the longest sequences that may run at once
+
+Progress = Callable[[float], None]  # how much of the weights is loaded, 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A worker whose rank 0 is this process."""
+
+    runner: Runner
+    shard_pids: tuple[int, ...]  # rank -> process
+    rendezvous: Rendezvous | None = None  # of several shards; to be kept for as long as they are linked
+
+    def worker(self, settings: WorkerSettings) -> Worker:
+        """The service around it, yet to be started."""
+        approximate = None
+        if settings.config.kv_quantization == "int8":
+            codec = Int8Codec(self.runner.shard.part(self.runner.layout))
+            approximate = EncodedBlocks(self.runner, codec)
+        return Worker(self.runner, settings, approximate, self.shard_pids)
+
+
+def assemble(
+    settings: WorkerSettings,
+    model: Path,
+    start: Callable[[str], Sequence[int]],  # starts all other ranks, which follow this address; returns their pids
+    progress: Progress | None = None,
+) -> Assembled:
+    """Raises what the first shard that cannot serve raised, or StartupError when one does not join or load in time."""
+    tp, pp = settings.config.grid(settings.role)
+    if tp * pp == 1:
+        return Assembled(build_stage(settings, model, 0, progress=progress), (os.getpid(),))
+    identity = settings.identity
+    with contextlib.closing(ControlListener(identity.host, identity.secret)) as listener:
+        pids = start(listener.address)
+        controls = join(listener, tp * pp - 1, JOIN_S)
+    rendezvous = Rendezvous(identity.host)
+    build = partial(build_stage, settings, model, 0, progress=progress)
+    stage, peers = load(controls, rendezvous.address, build, LOAD_S)
+    lead = Lead(stage, controls, peers, settings.config.step_timeout)
+    return Assembled(lead, (os.getpid(), *pids), rendezvous)
+
+
+def follow(settings: WorkerSettings, model: Path, rank: int, address: str) -> NoReturn:
+    """Be one of the other ranks until rank 0, whose control listener is at `address`, ends."""
+    identity, quantized = settings.identity, settings.config.kv_quantization == "int8"
+    Follower(
+        rank,
+        address,
+        identity.secret,
+        lambda rendezvous: build_stage(settings, model, rank, rendezvous),
+        lambda stage: BlockServer(stage, identity, quantized),
+    ).run()
+
+
+def build_stage(
+    settings: WorkerSettings,
+    model: Path,
+    rank: int,
+    rendezvous: str = "",  # its address, where there are several ranks
+    progress: Progress | None = None,
+) -> ModelRunner | SimRunner:
+    """Raises ModelError when the model cannot be served so, WorkerLost when another rank does not join."""
+    config = settings.config
+    tp, pp = config.grid(settings.role)
+    shard = shards(model_sizes(config, load_architecture(model)), tp, pp)[rank]
+    links: Links = NoLinks()
+    if tp * pp > 1:
+        links = ProcessLinks.join(rendezvous, shard, config.step_timeout)
+    if config.runner == "sim":
+        return _sim(settings, model, shard, links)
+    return ModelRunner.load(
+        model,
+        dtype=config.dtype,
+        block_size=config.block_size,
+        kv_memory_bytes=config.kv_memory,
+        max_context=settings.max_context,
+        progress=progress,
+        shard=shard,
+        links=links,
+    )
+
+
+def _sim(settings: WorkerSettings, model: Path, shard: Shard, links: Links) -> SimRunner:
+    config = settings.config
+    longest = -(-settings.max_context // config.block_size)
+    num_blocks = longest * max(2, config.max_sequences // SIM_SHARE)
+    timings = Timings(config.sim_step_ms / 1000, config.sim_token_ms / 1000)
+    vocab_size = load_architecture(model).vocab_size
+    return SimRunner(sim_layout(config.block_size), num_blocks, vocab_size, timings, shard=shard, links=links)
