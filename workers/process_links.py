@@ -1,4 +1,4 @@
-"""Links between shards that are processes, over torch.distributed: gloo between CPUs, NCCL between GPUs.
+"""Links between shards that are processes, over torch.distributed: NCCL between GPUs, gloo between stages on CPUs.
 
 Rank 0 opens a rendezvous, every rank joins there and gets groups of its own; none of them is process-wide. Nothing
 waits longer than the timeout and nothing is repaired: whoever misses a peer raises WorkerLost, and the worker ends as
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore, Work  # type: ignore[attr-defined]
 
 from cluster.errors import WorkerLost
+from workers.exchange import Exchange
 from workers.shard import Shard
 
 TAG = 0  # messages between two ranks arrive in the order in which they were sent
@@ -55,10 +56,38 @@ class Group(Protocol):
     def abort(self) -> None: ...
 
 
+class TensorGroup(Protocol):
+    """The tensor ranks of a stage; as `workers.links.Links`."""
+
+    def sum_inplace(self, x: Tensor) -> None: ...
+    def gather(self, x: Tensor) -> Tensor: ...
+    def close(self) -> None: ...
+
+
+class GpuGroup:
+    """Over NCCL."""
+
+    def __init__(self, group: Group, size: int) -> None:
+        self._group, self._size = group, size
+
+    def sum_inplace(self, x: Tensor) -> None:
+        with _peers("add up"):
+            self._group.allreduce([x]).wait()
+
+    def gather(self, x: Tensor) -> Tensor:  # [...] -> [ranks, ...]
+        parts = [torch.empty_like(x) for _ in range(self._size)]
+        with _peers("gather"):
+            self._group.allgather([parts], [x]).wait()
+        return torch.stack(parts)
+
+    def close(self) -> None:
+        self._group.abort()
+
+
 class ProcessLinks:
     """Of the rank that joined. There is no group for what has one member."""
 
-    def __init__(self, shard: Shard, stage: Group | None, worker: Group | None, device: str) -> None:
+    def __init__(self, shard: Shard, stage: TensorGroup | None, worker: Group | None, device: str) -> None:
         self._shard, self._device = shard, device
         self._stage = stage  # the tensor ranks of this stage
         self._worker = worker  # all ranks, for what goes from stage to stage
@@ -70,51 +99,29 @@ class ProcessLinks:
         all ranks have joined. Raises WorkerLost when one does not."""
         host, _, port = address.rpartition(":")
         limit, tp, pp = timedelta(seconds=timeout), shard.tp, shard.pp
-        make = _nccl if torch.device(device).type == "cuda" else _gloo
+        on_gpu = torch.device(device).type == "cuda"
         own = _own_address(host, int(port))
+        stage: TensorGroup | None = None
         with _peers("join"):
             store = TCPStore(host, int(port), timeout=limit, wait_for_workers=False)
-            stage = (
-                make(PrefixStore(f"stage {shard.stage}", store), shard.tensor_rank, tp, own, limit) if tp > 1 else None
-            )
-            worker = make(PrefixStore("worker", store), shard.rank, tp * pp, own, limit) if pp > 1 else None
+            beside = PrefixStore(f"stage {shard.stage}", store)
+            if tp > 1 and on_gpu:
+                stage = GpuGroup(_nccl(beside, shard.tensor_rank, tp, limit), tp)
+            elif tp > 1:
+                stage = Exchange.join(beside, shard.tensor_rank, tp, timeout)
+            worker: Group | None = None
+            if pp > 1:
+                everybody = PrefixStore("worker", store)
+                rank = (everybody, shard.rank, tp * pp)
+                worker = _nccl(*rank, limit) if on_gpu else _gloo(*rank, own, limit)
         return cls(shard, stage, worker, device)
 
     def sum_inplace(self, x: Tensor) -> None:
-        if self._stage is None:
-            return
-        if x.device.type != "cpu":
-            with _peers("add up"):
-                self._stage.allreduce([x]).wait()
-            return
-        first, second, *rest = self._exchange(self._stage, x)
-        torch.add(first, second, out=x)
-        for part in rest:
-            x += part
+        if self._stage is not None:
+            self._stage.sum_inplace(x)
 
     def gather(self, x: Tensor) -> Tensor:  # [...] -> [tp, ...]
-        if self._stage is None:
-            return x[None]
-        if x.device.type == "cpu":
-            return torch.stack(self._exchange(self._stage, x))
-        parts = [torch.empty_like(x) for _ in range(self._shard.tp)]
-        with _peers("gather"):
-            self._stage.allgather([parts], [x]).wait()
-        return torch.stack(parts)
-
-    def _exchange(self, group: Group, x: Tensor) -> list[Tensor]:
-        """x of all tensor ranks, in rank order: everybody sends to everybody. A sum in this order has the same bits
-        everywhere, and for the few ranks of a CPU and the sizes of a step it takes less time than gloo's own
-        collectives (2 processes, [32, 576] fp32: 0.17 ms instead of 0.38 ms, of which most is waking threads)."""
-        me = self._shard.tensor_rank
-        parts = [x.clone() if rank == me else torch.empty_like(x) for rank in range(self._shard.tp)]
-        others = [rank for rank in range(self._shard.tp) if rank != me]
-        with _peers("exchange"):
-            works = [group.send([parts[me]], rank, TAG) for rank in others]
-            works += [group.recv([parts[rank]], rank, TAG) for rank in others]
-            for work in works:
-                work.wait()
-        return parts
+        return x[None] if self._stage is None else self._stage.gather(x)
 
     def send(self, x: Tensor) -> None:
         assert self._worker is not None, "there is no next stage"
@@ -132,9 +139,10 @@ class ProcessLinks:
 
     def close(self) -> None:
         """Ends the groups; peers that still wait for this rank get an error."""
-        for group in (self._stage, self._worker):
-            if group is not None:
-                group.abort()
+        if self._stage is not None:
+            self._stage.close()
+        if self._worker is not None:
+            self._worker.abort()
         self._sent.clear()
         self._stage = self._worker = None
 
@@ -156,7 +164,7 @@ def _gloo(store: Any, rank: int, size: int, address: str, timeout: timedelta) ->
     return group
 
 
-def _nccl(store: Any, rank: int, size: int, address: str, timeout: timedelta) -> Group:
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Group:
     """NCCL picks its interfaces itself (NCCL_SOCKET_IFNAME). A wait only orders the stream; if the GPU does not get
     there within the timeout, NCCL's watchdog ends the process, which is what a shard without its peers has to do."""
     nccl: Any = dist.ProcessGroupNCCL

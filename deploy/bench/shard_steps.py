@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import secrets
 import time
 from collections import defaultdict
@@ -156,6 +157,7 @@ def _worker(config: Config, model: Path) -> Iterator[Runner]:
     processes: list[BaseProcess] = []
 
     def start(address: str) -> list[int]:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here
         tp, pp = config.grid("both")
         for rank in range(1, tp * pp):
             arguments = (settings, model, rank, address)
