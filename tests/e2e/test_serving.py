@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -221,31 +222,37 @@ def test_status_shows_the_workers(small: Served) -> None:
         assert word in shown.stdout
 
 
-def test_a_full_queue_is_a_429_with_retry_after(tiny: Path) -> None:
-    slow = {"TANDEM_MAX_QUEUE": "2", "TANDEM_MAX_SEQUENCES": "1", "TANDEM_SIM_STEP_MS": "20"}
-    with serving(str(tiny), "--runner", "sim", "--prefill", "0", **slow) as served:
-        body = {"prompt": [5, 6, 7], "max_tokens": 100, "ignore_eos": True}
-        with ThreadPoolExecutor(12) as pool:
-            responses = list(pool.map(lambda _: served.post("/v1/completions", body), range(12)))
-        assert {r.status_code for r in responses} == {200, 429}
-        refused = next(r for r in responses if r.status_code == 429)
-        assert 1 <= int(refused.headers["retry-after"]) <= 30
-        assert refused.json()["error"]["type"] == "rate_limit_error"
-        served.assert_no_leaks()
+@pytest.fixture(scope="module")
+def slow(tiny: Path) -> Iterator[Served]:
+    """One worker, one sequence at a time, a tenth of a second per token."""
+    slowly = {"TANDEM_SIM_TOKEN_MS": "100", "TANDEM_TOKEN_BUDGET": "16"}
+    narrow = {"TANDEM_MAX_QUEUE": "2", "TANDEM_MAX_SEQUENCES": "1"}
+    with serving(str(tiny), "--runner", "sim", "--prefill", "0", **slowly, **narrow) as served:
+        yield served
 
 
-def test_a_request_outlives_the_proxy_that_took_it(tiny: Path) -> None:
+def test_a_full_queue_is_a_429_with_retry_after(slow: Served) -> None:
+    body = {"prompt": [5, 6, 7], "max_tokens": 20, "ignore_eos": True}
+    with ThreadPoolExecutor(12) as pool:
+        responses = list(pool.map(lambda _: slow.post("/v1/completions", body), range(12)))
+    assert {r.status_code for r in responses} == {200, 429}
+    refused = next(r for r in responses if r.status_code == 429)
+    assert 1 <= int(refused.headers["retry-after"]) <= 30
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    slow.assert_no_leaks()
+
+
+def test_a_request_outlives_the_proxy_that_took_it(slow: Served) -> None:
     """Serve replaces HAProxy whenever its routers change, the last time right after the start: the old process gets
     this signal and has to finish what it has, however long that takes."""
-    slowly = {"TANDEM_SIM_TOKEN_MS": "100", "TANDEM_TOKEN_BUDGET": "16"}
-    with serving(str(tiny), "--runner", "sim", "--prefill", "0", **slowly) as served, ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(served.complete, list(range(10, 130)), 2, ignore_eos=True)  # 12 s to its first byte
-        wait_until(lambda: any(w["running"] for w in served.status()["workers"]), 20)
-        proxies = [p for p in marked(served.mark) if p.name() == "haproxy"]
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(slow.complete, list(range(10, 130)), 2, ignore_eos=True)  # 12 s to its first byte
+        wait_until(lambda: any(w["running"] for w in slow.status()["workers"]), 20)
+        proxies = [p for p in marked(slow.mark) if p.name() == "haproxy"]
         assert proxies
         for proxy in proxies:
             proxy.send_signal(signal.SIGUSR1)
-        assert len(slow.result(timeout=60).tokens) == 2
+        assert len(late.result(timeout=60).tokens) == 2
 
 
 def test_scarce_memory_preempts_and_recomputes_but_changes_no_token(tiny: Path) -> None:

@@ -24,7 +24,7 @@ from tests.e2e.sim_oracle import Oracle
 from tests.serving import Served, serving, wait_until
 from workers.architecture import load_architecture
 
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", "300"))
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "200"))
 FAULTS = 0.05
 USERS = 8
 HEALTHY_S = 90
