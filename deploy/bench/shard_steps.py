@@ -54,8 +54,10 @@ def measure(model: Path, config: Config) -> list[Figure]:
 
 
 def _overhead(model: Path, config: Config) -> list[Figure]:
-    config = config.model_copy(update={"decode_tp": 2, "decode_pp": 1, "max_sequences": max(BATCHES)})
-    figures = []
+    config = config.model_copy(update={"max_sequences": max(BATCHES)})
+    with _worker(config, model) as runner:
+        figures = [_alone(runner, config, batch) for batch in BATCHES]
+    config = config.model_copy(update={"decode_tp": 2})
     mirror = Mirror()
     plans: list[bytes] = []
     with _worker(config, model) as runner, _stopwatch() as spent:
@@ -70,6 +72,16 @@ def _overhead(model: Path, config: Config) -> list[Figure]:
             figures += [*_spent(spent, batch), _mirror(mirror, plans, batch)]
             drain(engine)
     return figures
+
+
+def _alone(runner: Runner, config: Config, batch: int) -> Figure:
+    engine = decoding(runner, config, batch, CONTEXT, STEPS + 2)
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        step(engine)
+    value = 1000 * (time.perf_counter() - began) / STEPS
+    drain(engine)
+    return Figure("shards", f"the whole step of one shard, one thread, batch {batch}", value, "ms")
 
 
 def _recorded(send: Callable[[bytes], None], plans: list[bytes]) -> Callable[[bytes], None]:
@@ -170,8 +182,8 @@ def _worker(config: Config, model: Path) -> Iterator[Runner]:
     try:
         yield assembled.runner
     finally:
-        assert isinstance(assembled.runner, Lead)
-        assembled.runner.close()
+        if isinstance(assembled.runner, Lead):
+            assembled.runner.close()
         for process in processes:
             process.join(10.0)
 
