@@ -135,6 +135,14 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
+def called(process: psutil.Process, name: str) -> bool:
+    """Whether its name contains that; one that has ended has none."""
+    try:
+        return name in process.name()
+    except psutil.NoSuchProcess:
+        return False
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "deploy.cli", *arguments]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.serving import command, environment, marked, wait_until
+from tests.serving import called, command, environment, marked, wait_until
 
 
 def fails(*arguments: str, **more: str) -> str:
@@ -122,7 +122,7 @@ def test_ctrl_c_while_it_starts(tiny: Path, tmp_path: Path, child: str) -> None:
 
     def exists() -> bool:
         assert process.poll() is None, (tmp_path / "log").read_text()
-        return any(child in p.name() for p in [*psutil.Process(process.pid).children(), *marked(mark)])
+        return any(called(p, child) for p in [*psutil.Process(process.pid).children(), *marked(mark)])
 
     wait_until(exists, 60)
     children = psutil.Process(process.pid).children(recursive=True)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.e2e.oracle import greedy
-from tests.serving import MARK, Completion, Served, command, environment, marked, serving, wait_until
+from tests.serving import MARK, Completion, Served, called, command, environment, marked, serving, wait_until
 
 TOKEN_BYTES = 46_080  # SmolLM2 in fp32: 30 layers x 2 x 3 heads x 64 x 4 bytes
 
@@ -248,7 +248,7 @@ def test_a_request_outlives_the_proxy_that_took_it(slow: Served) -> None:
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(slow.complete, list(range(10, 130)), 2, ignore_eos=True)  # 12 s to its first byte
         wait_until(lambda: any(w["running"] for w in slow.status()["workers"]), 20)
-        proxies = [p for p in marked(slow.mark) if p.name() == "haproxy"]
+        proxies = [p for p in marked(slow.mark) if called(p, "haproxy")]
         assert proxies
         for proxy in proxies:
             proxy.send_signal(signal.SIGUSR1)
