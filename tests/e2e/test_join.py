@@ -11,7 +11,7 @@ import pytest
 
 from deploy.environment import free_range
 from tests.e2e.oracle import greedy
-from tests.serving import command, environment, marked, serving, wait_until
+from tests.serving import called, command, environment, marked, serving, wait_until
 
 OPEN = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -31,7 +31,7 @@ def cluster() -> Iterator[tuple[str, str]]:
             env=environment(mark, **OPEN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            wait_until(lambda: any(p.name() == "raylet" for p in marked(mark)), 60)
+            wait_until(lambda: any(called(p, "raylet") for p in marked(mark)), 60)
             yield f"127.0.0.1:{port}", mark
         finally:
             head.terminate()
@@ -56,8 +56,8 @@ def test_it_joins_the_cluster_that_ray_address_names(cluster: tuple[str, str], t
         own = {p.pid for p in marked(mark)}
         assert {pid for w in served.status()["workers"] for pid in w["shard_pids"]} <= own
         served.assert_no_leaks()
-    wait_until(lambda: not [p for p in marked(mark) if "Actor" in p.name()], 30)
-    assert any(p.name() == "raylet" for p in marked(mark))
+    wait_until(lambda: not [p for p in marked(mark) if called(p, "Actor")], 30)
+    assert any(called(p, "raylet") for p in marked(mark))
     groups = run([sys.executable, "-c", GROUPS], joining)
     assert groups.stdout.split() == ["REMOVED"], groups.stderr
     refused = run(command("serve", str(tiny), "--decode-tp", "4"), {**joining, "TANDEM_THREADS": "2"})

@@ -166,7 +166,7 @@ def test_a_killed_redis_stops_nothing_and_comes_back(small: Served, tiny: Path) 
 
 def test_a_killed_router_ends_its_streams_leaks_nothing_and_comes_back(small: Served, tiny: Path) -> None:
     body = {"prompt": list(range(10, 200)), "max_tokens": 1500, "stream": True, "ignore_eos": True}
-    (router,) = [p for p in marked(small.mark) if "ServeReplica" in p.name()]
+    (router,) = [p for p in marked(small.mark) if called(p, "ServeReplica")]
     with httpx.stream("POST", f"{small.url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
