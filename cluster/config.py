@@ -10,6 +10,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ SHM = "/dev/shm"
 MIB = 2**20
 SMALL_SHM = 128 * MIB  # a quarter of it that is less is no store worth having
 SECRET_CHARACTERS = 16
+LISTS = ("api_keys", "sim_ms")  # separated by commas in the environment
+SCALE = re.compile(r"(\d+)\.\.(\d+)")
+Placement = Literal["least_time", "round_robin", "random", "least_loaded", "prefix_affinity", "power_of_two"]
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +51,6 @@ class Config(pydantic.BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: a free one")
     api_keys: tuple[str, ...] = Field((), repr=False, description="accepted bearer keys; empty: no key is asked for")
     operator_key: str = Field("", repr=False, description="bearer key of `tandem kv`; needed once `api_keys` is set")
-    body_limit: int = Field(16 * MIB, ge=1024, description="largest HTTP body")
 
     # who serves it
     prefill: int = Field(1, ge=0, le=1024, description="prefill workers; 0: decode workers do both")
@@ -58,8 +61,9 @@ class Config(pydantic.BaseModel):
     decode_pp: int = Field(1, ge=1, le=64, description="pipeline stages of a decode worker")
     threads: int = Field(0, ge=0, description="CPU threads per shard; 0: cores / shards")
     runner: Literal["torch", "sim"] = Field("torch", description="sim: no weights, tokens from a hash")
-    sim_step_ms: float = Field(0.0, ge=0, description="sim runner: milliseconds of any step")
-    sim_token_ms: float = Field(0.0, ge=0, description="sim runner: milliseconds per computed token")
+    sim_ms: tuple[float, float, float] = Field(
+        (0.0, 0.0, 0.0), description="sim runner: milliseconds of a step, per computed token, per token of context"
+    )
 
     # KV blocks
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
@@ -84,11 +88,20 @@ class Config(pydantic.BaseModel):
     max_sequences: int = Field(64, ge=1, description="sequences an engine runs at once")
     max_queue: int = Field(256, ge=1, description="requests that wait for a worker before new ones get 429")
     request_timeout: float = Field(600.0, gt=0, description="longest life of a request")
-    hold_timeout: float = Field(30.0, gt=0, description="how long an unclaimed handoff keeps its blocks")
     worker_timeout: float = Field(10.0, gt=0, description="silence after which a worker counts as lost")
     step_timeout: float = Field(
         60.0, gt=0, description="longest step of a worker's shards before they count as stalled"
     )
+
+    # placement and scaling
+    placement: Placement = Field("least_time", description="how workers are chosen; others than the default compare")
+    autoscaling: str = Field(
+        "slo", description="slo, utilization[:PART], schedule:HH:MM=N,..., fixed, or module:function"
+    )
+    scale: str = Field("", description="least and most shards (GPUs) as MIN..MAX; empty: as many as are started")
+    ttft_slo: float = Field(2.0, gt=0, description="time to first token to keep, in seconds")
+    itl_slo: float = Field(0.2, gt=0, description="time between tokens to keep, in seconds")
+    trace: str = Field("", description="folder where routers record requests, without texts, for `tandem simulate`")
 
     @property
     def roles(self) -> tuple[tuple[Role, int], ...]:
@@ -105,6 +118,19 @@ class Config(pydantic.BaseModel):
     def shards(self) -> int:
         """Of all workers together."""
         return sum(count * math.prod(self.grid(role)) for role, count in self.roles)
+
+    @property
+    def budget(self) -> tuple[int, int]:
+        """(least, most) shards."""
+        match = SCALE.fullmatch(self.scale)
+        return (int(match[1]), int(match[2])) if match else (self.shards, self.shards)
+
+    @pydantic.field_validator("sim_ms")
+    @classmethod
+    def _no_negative_time(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(value) < 0:
+            raise ValueError("is negative; give three times in milliseconds")
+        return value
 
     @pydantic.field_validator("secret")
     @classmethod
@@ -130,6 +156,13 @@ class Config(pydantic.BaseModel):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _room_to_scale(self) -> Self:
+        match = SCALE.fullmatch(self.scale)
+        if self.scale and (match is None or not int(match[1]) <= self.shards <= int(match[2])):
+            raise ValueError(f"scale: {self.scale!r} is not MIN..MAX around the {self.shards} shards that are started")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _numbers_to_quantize(self) -> Self:
         if self.kv_quantization != "none" and self.runner == "sim":
             raise ValueError("kv_quantization: the sim runner's KV is token ids, which have no approximation; use none")
@@ -150,7 +183,7 @@ def load(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, 
     if path is not None:
         add(_read_toml(path), str(path))
     env = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in environment.items() if k.startswith(ENV_PREFIX)}
-    add({k: v.split(",") if k == "api_keys" else v for k, v in env.items()}, f"environment ({ENV_PREFIX}*)")
+    add({k: v.split(",") if k in LISTS else v for k, v in env.items()}, f"environment ({ENV_PREFIX}*)")
     add(flags, "command line")
     try:
         return Config(**merged)

@@ -14,6 +14,7 @@ tells the user what to do next.
     ├── Overloaded 429               queues are full; retry after `retry_after_s`
     ├── Unavailable 503              no worker can serve this now; retry
     │   ├── WorkerLost               a worker's stream broke or went silent (dispatch re-places the request)
+    │   ├── Moved                    a worker gave a request up so that another goes on with it (dispatch does so)
     │   └── DeadlineExceeded 504     a leg outlived its deadline
     ├── StoreError 503               the block store said no; callers recompute, so no client ever sees one
     │   ├── NoSpace                  the arena cannot hold the whole handoff
@@ -90,6 +91,10 @@ class Unavailable(TandemError):
 
 class WorkerLost(Unavailable):
     code = "worker_lost"
+
+
+class Moved(Unavailable):
+    code = "moved"
 
 
 class DeadlineExceeded(Unavailable):

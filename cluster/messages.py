@@ -110,6 +110,16 @@ class SetRole:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """Leave the membership and take in nothing that was not on its way; what is there is finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Give every sequence that is decoding up as Moved: its router places it again, on what it has in the stores."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ack:
     pass
 
@@ -161,6 +171,32 @@ class Load:
     recomputed_tokens_total: int = 0  # tokens a store had, computed because that was predicted to be faster
     offloaded_blocks_total: int = 0  # blocks written to the store outside handoffs
     offload_failures_total: int = 0  # blocks that the store had no room for, or could not take
+    context_tokens: int = 0  # tokens whose KV the running sequences have in their blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a worker's steps and fetches take, as coefficients in milliseconds; `cluster/perfmodel.py` applies them."""
+
+    prefill: tuple[float, float, float]  # per step, per token, per pair of a token and one it attends to
+    decode: tuple[float, float, float]  # per step, per sequence, per token of context
+    memory: tuple[float, float]  # per fetch and per byte: from a store on the same machine
+    disk: tuple[float, float]  # ... from its disk
+    remote: tuple[float, float]  # ... from a store on another machine
+    step_tokens: int  # most tokens of a step
+    start_s: float = 0.0  # from the process's start to its first registration
+    prefill_error: float = 0.0  # mean of |predicted - measured| / measured lately
+    decode_error: float = 0.0
+    fetch_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChange:
+    """What became of the blocks in a worker's KV cache that a prefix hit can use, since the frame before."""
+
+    put: bytes = b""  # hashes of blocks, one after the other
+    delete: bytes = b""
+    reset: bool = False  # forget everything that was said before; `put` and the next changes say what there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +205,8 @@ class StepOutput:
 
     outputs: tuple[TokenOutput | JobFailed, ...]
     load: Load
+    rates: Rates | None = None  # with the first frame and then about once a second
+    cache: CacheChange | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ membership
@@ -188,6 +226,8 @@ class WorkerInfo:
     tp: int = 1  # tensor parallel ranks
     pp: int = 1  # pipeline stages
     shard_pids: tuple[int, ...] = ()  # rank -> process; the first is `pid`
+    block_bytes: int = 0  # of a whole block in the stores
+    started_s: float = 0.0  # from its process's start to this registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,3 +238,37 @@ class StoreInfo:
     pid: int
     namespace: str
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouterInfo:
+    """What a router says of the requests it has seen. The counters are its own lifetime's."""
+
+    id: str
+    namespace: str
+    pid: int
+    requests_total: int
+    prompt_tokens_total: int  # arrived
+    uncached_tokens_total: int  # those of them that no worker had when their request was placed
+    output_tokens_total: int  # delivered
+    waiting: int  # requests held back in it
+    waiting_tokens: int  # uncached prompt tokens of those
+    ttft_ms: float  # mean of those that began in the last seconds; 0: none
+    itl_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerInfo:
+    """What the controller did, for people: counters and the latest actions in words, newest last."""
+
+    id: str
+    namespace: str
+    pid: int
+    moves_total: int  # times that roles were changed, however many workers at a time
+    starts_total: int
+    stops_total: int
+    migrations_total: int
+    starting: int
+    draining: int
+    last_drain_s: float  # from the order to drain to the end of the process
+    events: tuple[str, ...]

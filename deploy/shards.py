@@ -122,6 +122,6 @@ def _sim(settings: WorkerSettings, model: Path, shard: Shard, links: Links) -> S
     config = settings.config
     longest = -(-settings.max_context // config.block_size)
     num_blocks = longest * max(2, config.max_sequences // SIM_SHARE)
-    timings = Timings(config.sim_step_ms / 1000, config.sim_token_ms / 1000)
+    timings = Timings(*(ms / 1000 for ms in config.sim_ms))
     vocab_size = load_architecture(model).vocab_size
     return SimRunner(sim_layout(config.block_size), num_blocks, vocab_size, timings, shard=shard, links=links)

@@ -36,6 +36,7 @@ from router.service import Service
 from router.settings import RouterSettings
 from router.streaming import ClientLeft, EventStream, until_client_leaves
 
+BODY_LIMIT = 16 * 2**20  # bytes
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but access logs show it
 
 
@@ -69,7 +70,7 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     app = FastAPI(title="Tandem", lifespan=lifespan, redoc_url=None)
     app.router.route_class = JsonRoute
     http_errors.install(app, metrics)
-    app.add_middleware(BodyLimit, limit=config.body_limit)  # the last added sees a request first
+    app.add_middleware(BodyLimit, limit=BODY_LIMIT)  # the last added sees a request first
     app.add_middleware(ApiKeys, keys=config.api_keys)
     app.add_middleware(RequestId)
     app.include_router(operations(fleet, metrics, settings, router_id, mirror))

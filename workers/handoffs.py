@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from cluster.config import Config
 from cluster.errors import StoreError, TandemError
 from cluster.messages import Handoff
 from cluster.store_messages import BlockKey
@@ -28,6 +27,7 @@ from workers.sequence import Sequence, State
 from workers.step import Send
 from workers.tasks import outcome
 
+HOLD_MS = 30_000  # how long an unclaimed handoff keeps its blocks
 Sent = Callable[[list[int]], None]  # takes back the ids of blocks that nobody copies from any more
 Received = Callable[[Sequence, int, int | None], None]  # sequence, good blocks from the start, first token
 log = logging.getLogger(__name__)
@@ -40,14 +40,12 @@ class Handoffs:
     def __init__(
         self,
         mover: BlockMover,
-        config: Config,
         store: NodeStore,
         connections: Connections,
         idle: asyncio.Event,
         counters: Counters,
     ) -> None:
         self._mover = mover
-        self._hold_ms = int(config.hold_timeout * 1000)
         self._store = store
         self._reader = HandoffReader(connections)
         self._counters = counters
@@ -76,7 +74,7 @@ class Handoffs:
         keys = sequence.keys(0, tokens // size, size) if sequence.exact else [BlockKey(b"", size)] * (tokens // size)
         tenant = sequence.generation.tenant
         try:
-            handoff = await writer.reserve(sequence.transfer_id, keys, tokens, self._hold_ms, tenant)
+            handoff = await writer.reserve(sequence.transfer_id, keys, tokens, HOLD_MS, tenant)
         except asyncio.CancelledError:  # the store may have reserved all the same
             self._spawn(self._quietly(writer.revoke(sequence.transfer_id, "the router gave up")))
             raise
@@ -142,11 +140,11 @@ class Handoffs:
     async def _renew(self, sequence: Sequence) -> None:
         while sequence.state is State.WAITING and sequence.handoff is not None and time.monotonic() < sequence.deadline:
             try:
-                await self._reader.hold(sequence.handoff, self._hold_ms)
+                await self._reader.hold(sequence.handoff, HOLD_MS)
             except TandemError as error:
                 log.warning("handoff %s is lost, it will be recomputed: %s", sequence.id, error.message)
                 return
-            await asyncio.sleep(self._hold_ms / 3000)
+            await asyncio.sleep(HOLD_MS / 3000)
 
     def receive(self, sequence: Sequence, done: Received) -> None:
         start = sequence.computed // self._mover.layout.tokens

@@ -67,7 +67,7 @@ class Transfers:
                 worker_id, mover, connections, where, idle, limit, changed, offloaded, self.counters
             )
         exact = self._links[True]
-        self.handoffs = Handoffs(exact.mover, config, exact.store, exact.connections, idle, self.counters)
+        self.handoffs = Handoffs(exact.mover, exact.store, exact.connections, idle, self.counters)
 
     def work(self, node: str) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled, on the event loop of a worker on that node."""

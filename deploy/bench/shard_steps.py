@@ -130,8 +130,7 @@ def _pipeline(model: Path, config: Config) -> list[Figure]:
         "runner": "sim",
         "decode_tp": 1,
         "decode_pp": 2,
-        "sim_step_ms": STEP_MS,
-        "sim_token_ms": TOKEN_MS,
+        "sim_ms": (STEP_MS, TOKEN_MS, 0.0),
         "max_sequences": FULL_BATCH,
     }
     config = config.model_copy(update=update)

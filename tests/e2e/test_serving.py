@@ -225,7 +225,7 @@ def test_status_shows_the_workers(small: Served) -> None:
 @pytest.fixture(scope="module")
 def slow(tiny: Path) -> Iterator[Served]:
     """One worker, one sequence at a time, a tenth of a second per token."""
-    slowly = {"TANDEM_SIM_TOKEN_MS": "100", "TANDEM_TOKEN_BUDGET": "16"}
+    slowly = {"TANDEM_SIM_MS": "0,100,0", "TANDEM_TOKEN_BUDGET": "16"}
     narrow = {"TANDEM_MAX_QUEUE": "2", "TANDEM_MAX_SEQUENCES": "1"}
     with serving(str(tiny), "--runner", "sim", "--prefill", "0", **slowly, **narrow) as served:
         yield served

@@ -27,7 +27,7 @@ USERS = 6
 BACK_S = 90
 STALLED_S = 5  # longest step; a step of these workers takes a few milliseconds
 SETTINGS = {
-    "TANDEM_SIM_STEP_MS": "4", "TANDEM_SIM_TOKEN_MS": "0.1", "TANDEM_STEP_TIMEOUT": str(STALLED_S),
+    "TANDEM_SIM_MS": "4,0.1,0", "TANDEM_STEP_TIMEOUT": str(STALLED_S),
     "TANDEM_WORKER_TIMEOUT": str(STALLED_S), "TANDEM_STORE_MEMORY": str(2**24), "TANDEM_TOKEN_BUDGET": "64",
 }  # fmt: skip
 GRIDS = ("--prefill-tp", "2", "--decode-tp", "2", "--decode-pp", "2")

@@ -154,8 +154,7 @@ def test_a_long_run_with_faults_is_exact_and_leaks_nothing(tiny: Path, tmp_path:
             "TANDEM_STORE_MEMORY": str(1_500_000),  # about 1,400 blocks: evicted all the time
             "TANDEM_MAX_SEQUENCES": "8",
             "TANDEM_STORES": "2",
-            "TANDEM_SIM_STEP_MS": "2",
-            "TANDEM_SIM_TOKEN_MS": "0.2",  # or computing would always be predicted to be faster than fetching
+            "TANDEM_SIM_MS": "2,0.2,0",  # or computing would always be predicted to be faster than fetching
         }
         cut = ("--prefill", "2", "--decode", "2", "--prefill-tp", "2", "--decode-pp", "2")
         with serving(str(tiny), "--runner", "sim", *cut, **settings) as served:

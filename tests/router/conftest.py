@@ -53,7 +53,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def api(model_directory: Path) -> Iterator[Api]:
     """A router with one prefill and one decode worker, over HTTP."""
-    with Api(model_directory).serving("pd", body_limit=64 * 1024, max_queue=8) as one:
+    with Api(model_directory).serving("pd", max_queue=8) as one:
         yield one
 
 

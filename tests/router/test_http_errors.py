@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from cluster.messages import Refused
+from router.app import BODY_LIMIT
 from tests.router.harness import MAX_CONTEXT, MODEL, Api
 
 CHAT = "/v1/chat/completions"
@@ -113,13 +114,13 @@ def test_unknown_routes_and_methods(api: Api) -> None:
 
 
 def test_bodies_over_the_limit(api: Api) -> None:
-    body = b'{"prompt": "%b"}' % (b"x" * 70_000)
+    body = b'{"prompt": "%b"}' % (b"x" * (BODY_LIMIT + 1))
     declared = api.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     error_of(declared, 413, "body_too_large")
 
     def chunks() -> Any:
-        for at in range(0, len(body), 10_000):
-            yield body[at : at + 10_000]
+        for at in range(0, len(body), 2**20):
+            yield body[at : at + 2**20]
 
     chunked = api.http.post("/v1/completions", content=chunks(), headers={"content-type": "application/json"})
     error_of(chunked, 413, "body_too_large")
