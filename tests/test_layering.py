@@ -13,9 +13,14 @@ MAY_IMPORT = {
     "workers": {"cluster", "kvstore", "kernels"},
     "router": {"cluster", "kvstore"},
     "deploy": {"cluster", "kvstore", "workers", "router", "kernels", "loadtests"},
-    "loadtests": {"cluster", "router"},
+    "loadtests": {"cluster", "router", "kvstore"},
 }
-KVSTORE_FOR_ROUTER = {"kvstore.hashing", "kvstore.layout", "kvstore.mirror"}
+KVSTORE_FOR_ROUTER = {"kvstore.hashing", "kvstore.layout", "kvstore.mirror", "kvstore.prefix_map"}
+# what decides, and nothing that acts: the simulator runs the same policies as the cluster
+PURE = {
+    "router": {"router.placement", "router.policies", "router.table", "router.admission", "router.fair_queue"},
+    "kvstore": {"kvstore.prefix_map", "kvstore.blocks", "kvstore.eviction", "kvstore.hashing"},
+}
 NO_TORCH = ("cluster", "router", "kvstore")
 RAY_FILES = {"deploy/actors.py", "deploy/front_door.py", "deploy/launch.py"}
 
@@ -56,6 +61,17 @@ def test_router_uses_only_the_pure_parts_of_kvstore() -> None:
         for path in files("router")
         for name in imports(path)
         if name.startswith("kvstore.") and not any(name.startswith(pure) for pure in KVSTORE_FOR_ROUTER)
+    }
+    assert wrong == set()
+
+
+def test_loadtests_use_only_pure_policies() -> None:
+    wrong = {
+        (path.name, name)
+        for path in files("loadtests")
+        for name in imports(path)
+        for top, allowed in PURE.items()
+        if name.startswith(f"{top}.") and not any(name.startswith(pure) for pure in allowed)
     }
     assert wrong == set()
 
