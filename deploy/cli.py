@@ -22,12 +22,14 @@ from rich.table import Table
 from cluster.config import Config, load, resolved
 from cluster.errors import StartupError
 from cluster.messages import WorkerInfo
-from deploy import kv_cli
+from deploy import kv_cli, plan_cli, sim_cli
 from deploy.environment import prepare
 from deploy.terminal import console, fail
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(kv_cli.app, name="kv")
+app.command()(sim_cli.simulate)
+app.command()(plan_cli.plan)
 STATUS_S = 5.0
 MAIN = os.getpid()
 MODEL_HELP = "GGUF file, Hugging Face directory or hub id [default: the demo model]"
@@ -55,6 +57,13 @@ def serve(
     redis_url: Annotated[str | None, typer.Option(help="Redis of the block index [default: an embedded one]")] = None,
     disk: Annotated[str | None, typer.Option(help="folder where KV blocks survive a restart [default: none]")] = None,
     runner: Annotated[str | None, typer.Option(help="torch, or sim for a model without weights")] = None,
+    placement: Annotated[str | None, typer.Option(help="how workers are chosen [default: least_time]")] = None,
+    autoscaling: Annotated[
+        str | None, typer.Option(help="slo, utilization[:PART], schedule:HH:MM=N,..., fixed, module:function")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="least and most shards (GPUs): MIN..MAX [default: none more]")
+    ] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP endpoint, prefill and decode in separate worker processes."""
     given = {k: v for k, v in locals().items() if k != "config" and v is not None}
@@ -120,30 +129,34 @@ def _shown(worker: WorkerInfo) -> str:
 
 @app.command()
 def status(url: Annotated[str, typer.Option(help="a running deployment")] = "http://127.0.0.1:8000") -> None:
-    """Show the workers, block stores and Redis of a running deployment."""
+    """Show the workers, block stores, Redis and controller of a running deployment."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/status", timeout=STATUS_S) as response:
             state: dict[str, Any] = json.load(response)
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
         fail(f"no deployment answers at {url} ({getattr(error, 'reason', error)}); is `tandem serve` running?")
     console.print(_workers(state), _stores(state), f"Redis is {state['redis']}")
+    console.print(_controller(state["controller"]), highlight=False, markup=False)
 
 
 @app.command()
 def bench(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    sections: Annotated[str, typer.Option(help="some of engine,serve,store,tier,shards")] = "engine,serve,store",
+    sections: Annotated[
+        str, typer.Option(help="some of engine,serve,store,tier,shards,placement,routing,fidelity")
+    ] = "engine,serve,store",
+    trace: Annotated[Path | None, typer.Option(help="recorded requests, for the section routing")] = None,
     out: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """Measure this machine's limits and Tandem against them, in one run."""
     try:
-        _bench(model or "", dtype, sections.split(","), out)
+        _bench(model or "", dtype, sections.split(","), trace, out)
     except StartupError as error:
         fail(error.message)
 
 
-def _bench(model: str, dtype: str, sections: list[str], out: Path | None) -> None:
+def _bench(model: str, dtype: str, sections: list[str], trace: Path | None, out: Path | None) -> None:
     config = resolved(load(None, {}, {"model": model, "dtype": dtype, "prefill": 0}))
     os.environ["OMP_NUM_THREADS"] = str(config.threads)  # before torch is imported
     from deploy.bench.run import NEED_A_MODEL, SECTIONS, run
@@ -152,18 +165,38 @@ def _bench(model: str, dtype: str, sections: list[str], out: Path | None) -> Non
     if unknown := set(sections) - set(SECTIONS):
         raise StartupError(f"unknown section {unknown.pop()!r}; there are {', '.join(SECTIONS)}")
     directory = resolve(config.model, lambda _: None).directory if NEED_A_MODEL & set(sections) else None
-    run(directory, config, sections, out, console)
+    run(directory, config, sections, trace, out, console)
 
 
 def _workers(state: dict[str, Any]) -> Table:
     table = Table(title=f"workers of {state['model']}")
-    for column in ("id", "role", "tp x pp", "node", "pids", "running", "waiting", "KV blocks used"):
+    columns = ("id", "role", "tp x pp", "node", "pids", "running", "waiting", "KV blocks used", "prefill", "decode")
+    for column in columns:
         table.add_column(column)
     for w in state["workers"]:
         load = (str(w["running"]), str(w["waiting"]), f"{w['kv_blocks_used']} / {w['kv_blocks']}")
         shards = (f"{w['tp']} x {w['pp']}", w["node"], " ".join(map(str, w["shard_pids"])))
-        table.add_row(w["id"], w["role"], *shards, *(load if w["connected"] else ("lost", "", "")))
+        table.add_row(w["id"], w["role"], *shards, *(load if w["connected"] else ("lost", "", "")), *_speed(w["rates"]))
     return table
+
+
+def _speed(rates: dict[str, Any] | None) -> tuple[str, str]:
+    """Prefill and decode of a worker as it has measured them."""
+    if rates is None:
+        return "", ""
+    (step, token, _), (decode, *_) = rates["prefill"], rates["decode"]
+    return f"{step:.1f} ms + {token:.3g} a token", f"{decode:.1f} ms a step"
+
+
+def _controller(info: dict[str, Any] | None) -> str:
+    if info is None:
+        return "no controller: roles and sizes stay as they are"
+    counts = (
+        f"controller (pid {info['pid']}): {info['moves_total']} role changes, {info['starts_total']} starts, "
+        f"{info['stops_total']} stops, {info['migrations_total']} migrations; {info['starting']} starting, "
+        f"{info['draining']} draining, last drain {info['last_drain_s']:.1f} s"
+    )
+    return "\n".join((counts, *(f"  {event}" for event in info["events"])))
 
 
 def _stores(state: dict[str, Any]) -> Table:

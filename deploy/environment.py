@@ -60,6 +60,8 @@ def prepare(request_timeout: float) -> None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # HAProxy is replaced whenever the routers change, last right after the start; requests stay with the old one
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(request_timeout)),
+        # a proxy that takes longer is killed, and 5 s are too short while workers load on every core
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "45",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # 15 by default: inference would yield to every other process
     }

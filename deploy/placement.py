@@ -6,11 +6,13 @@ one node. Stages pass activations on once a step and may be on different ones. O
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from cluster.config import Config
 from cluster.errors import ModelError, StartupError
 from cluster.messages import Role
+from cluster.pools import Spec
 from workers.shard import Sizes, check
 
 
@@ -26,7 +28,8 @@ def check_model(config: Config, sizes: Sizes) -> None:
 
 
 def check_nodes(config: Config, node_cpus: Sequence[float]) -> None:
-    """Raises StartupError when nodes of that many CPUs cannot hold all workers at once. `config` is resolved.
+    """Raises StartupError when nodes of that many CPUs cannot hold the first workers at once. `config` is resolved;
+    those that `scale` allows beyond them may have to wait for nodes.
 
     What passes may still not fit, as packing goes; the deadline on placement groups is for that.
     """
@@ -49,6 +52,22 @@ def check_nodes(config: Config, node_cpus: Sequence[float]) -> None:
                 f"node, and {len(node_cpus)} node(s) have {sum(node_cpus):g}; start fewer workers, lower threads, "
                 "--prefill-tp, --prefill-pp, --decode-tp or --decode-pp, or add nodes"
             )
+
+
+def spec(config: Config) -> Spec:
+    """What planning has to keep to."""
+    least, most = config.budget
+    roles: tuple[Role, ...] = ("prefill", "decode", "both")
+    return Spec(
+        policy=config.autoscaling,
+        least=least,
+        most=most,
+        shards={role: math.prod(config.grid(role)) for role in roles},
+        ttft_slo_ms=1000 * config.ttft_slo,
+        itl_slo_ms=1000 * config.itl_slo,
+        disaggregated=config.prefill > 0,
+        max_sequences=config.max_sequences,
+    )
 
 
 def bundles(config: Config, role: Role) -> list[dict[str, float]]:

@@ -6,20 +6,20 @@ Bookkeeping only: no tensors, no tokens, no policy of who gets blocks. Every ope
                                       └──► free, blank (has none) ─────────────────────────────────►
 
 A named block also knows whether it was offered to a store, so that what is evicted first can be written there first.
+What becomes hit-able and what ceases to be is written into a list that the pool was given, for whoever tells others.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from cluster.store_messages import BlockKey
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
+class Name(NamedTuple):
     """What a full block is called, for whom it was computed, and which stores may have it."""
 
     key: BlockKey
@@ -28,8 +28,10 @@ class Name:
 
 
 class BlockPool:
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, changes: list[tuple[bytes, bool]] | None = None) -> None:
+        """`changes` takes (hash, whether it can be hit from now on), in order; whoever gave it empties it."""
         self.total = num_blocks
+        self._changes = changes
         self._references = [0] * num_blocks  # block id -> sequences and transfers that use it
         self._name: list[Name | None] = [None] * num_blocks  # block id -> what it can be found by
         self._by_hash: dict[bytes, int] = {}  # hash -> block id; the inverse of the list above
@@ -59,6 +61,10 @@ class BlockPool:
     def find(self, name: bytes) -> int | None:
         """The block that is hit by that hash. Nobody may hold it: retain it before anything is allocated."""
         return self._by_hash.get(name)
+
+    def names(self) -> list[bytes]:
+        """Every hash that can be hit now."""
+        return list(self._by_hash)
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """Block ids of the longest cached prefix of the chain; takes a reference on each."""
@@ -111,6 +117,8 @@ class BlockPool:
         if self._name[block_id] is None and key.hash not in self._by_hash:
             self._name[block_id] = Name(key, tenant, exact)
             self._by_hash[key.hash] = block_id
+            if self._changes is not None:
+                self._changes.append((key.hash, True))
 
     # ------------------------------------------------------------------------------------------------------- stores
     def offer(self, block_ids: Iterable[int]) -> list[tuple[int, Name]]:
@@ -142,6 +150,8 @@ class BlockPool:
         del self._by_hash[name.key.hash]
         self._name[block] = None
         self._offered[block] = False
+        if self._changes is not None:
+            self._changes.append((name.key.hash, False))
         return block
 
     def check(self) -> None:

@@ -1,11 +1,12 @@
-"""A router's copy of the index: which store has which block, without asking anybody.
+"""What feeds a router's prefix map from the index: which store has which block, without asking anybody.
 
     snapshot   own-sets of all stores, page by page, after the number of the last event has been read
     stream     every event after that one, each with the number that follows; anything else is a gap -> snapshot
 
 A gap is an event stream that was trimmed before it was read, or a Redis that lost its data. The copy is late by a round
 trip and may be wrong like the index itself: good for choosing a worker, never to be trusted with more. While Redis is
-away it stays as it was. It does not say whether a store lives; that is membership's.
+away it stays as it was. It does not say whether a store lives; that is membership's. Each store is an owner in the map,
+under a number that a snapshot changes: the old account stands until the new one is whole.
 """
 
 from __future__ import annotations
@@ -13,89 +14,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import Unavailable
 from cluster.redis import Link
-from kvstore.hashing import HASH_BYTES
 from kvstore.index import Keys
+from kvstore.prefix_map import PrefixMap, split
 
-CAPACITY = 1_000_000  # blocks, at about 190 bytes each
 BLOCK_MS = 1_000  # how long Redis waits for an event before it answers that there is none
 LINK_S = 3.0  # must be above BLOCK_MS
 RETRY_S = 1.0  # after a failure or a gap: a Redis in trouble is not helped by snapshots in a row
 EVENTS = 64  # per reply: at most 64 x BATCH hashes, half a megabyte
 PAGE = 1_000  # members of an own-set per reply
-MAX_SHARED = 65_536  # tuples of owners that are kept to be shared
 log = logging.getLogger(__name__)
-
-Owners = tuple[str, ...]  # store ids in order
-
-
-class PrefixMap:
-    """block -> stores, the least recently used forgotten beyond `capacity`. Plain data: no clock, no Redis."""
-
-    def __init__(self, capacity: int = CAPACITY) -> None:
-        self._capacity = capacity
-        self._owners: OrderedDict[bytes, Owners] = OrderedDict()  # block -> who has it, never nobody
-        self._shared: dict[Owners, Owners] = {}  # equal tuples are one object: there are few, and they compare fast
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-    def put(self, hashes: Iterable[bytes], store: str) -> None:
-        for name in hashes:
-            owners = self._owners.get(name, ())
-            if store not in owners:
-                self._owners[name] = self._share(tuple(sorted((*owners, store))))
-            self._owners.move_to_end(name)
-        while len(self._owners) > self._capacity:
-            self._owners.popitem(last=False)
-
-    def delete(self, hashes: Iterable[bytes], store: str) -> None:
-        for name in hashes:
-            owners = self._owners.get(name, ())
-            if owners == (store,):
-                del self._owners[name]
-            elif store in owners:
-                self._owners[name] = self._share(tuple(owner for owner in owners if owner != store))
-
-    def owners(self, name: bytes) -> Owners:
-        return self._owners.get(name, ())
-
-    def prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """store -> how many leading blocks of the chain it has, for those that have any. Counts as use of them."""
-        leading: dict[str, int] = {}
-        running: set[str] = set()
-        last: Owners = ()
-        depth = 0
-        for depth, name in enumerate(hashes):
-            owners = self._owners.get(name, ())
-            if owners is last and depth:
-                continue
-            still = running.intersection(owners) if depth else set(owners)
-            leading.update(dict.fromkeys(running - still, depth))
-            running, last = still, owners
-            if not running:
-                break
-        else:
-            leading.update(dict.fromkeys(running, len(hashes)))
-        for name in reversed(hashes[: max(leading.values(), default=0)]):  # parents outlive their children
-            self._owners.move_to_end(name)
-        return leading
-
-    def _share(self, owners: Owners) -> Owners:
-        if len(self._shared) >= MAX_SHARED:
-            self._shared.clear()  # stores come and go over the months
-        return self._shared.setdefault(owners, owners)
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorStat:
-    blocks: int  # known now
+    blocks: int  # known now; one that several stores have counts once for each
     events_total: int  # applied
     gaps_total: int  # times that events were missed
     snapshots_total: int
@@ -105,11 +42,12 @@ class MirrorStat:
 class Mirror:
     """Follows one namespace from `start` to `close`, in the loop that calls them. Nothing it does raises."""
 
-    def __init__(self, redis_url: str, namespace: str, capacity: int = CAPACITY) -> None:
+    def __init__(self, redis_url: str, namespace: str, prefix_map: PrefixMap) -> None:
+        """`prefix_map` is shared with whoever else feeds it; only owners that joined in here are touched."""
         self._link = Link(redis_url, LINK_S)
         self._keys = Keys(namespace)
-        self._capacity = capacity
-        self._map = PrefixMap(capacity)
+        self._map = prefix_map
+        self._stores: dict[str, int] = {}  # store id -> its number in the map, if it has any blocks
         self._position = b""  # id of the last event seen, empty: a snapshot is needed
         self._number = 0  # number of that event
         self._events = self._gaps = self._snapshots = 0
@@ -126,16 +64,23 @@ class Mirror:
             await asyncio.gather(self._task, return_exceptions=True)
         await self._link.close()
 
-    def owners(self, name: bytes) -> Owners:
-        return self._map.owners(name)
+    def store_owner(self, store_id: str) -> int | None:
+        """The store's number in the prefix map. None: it has no blocks that are known here."""
+        return self._stores.get(store_id)
 
-    def prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """store -> how many leading blocks of the chain it has."""
-        return self._map.prefix(hashes)
+    def stores(self) -> tuple[tuple[str, int], ...]:
+        """(store id, its number in the prefix map) of all that have blocks, as of now."""
+        return tuple(self._stores.items())
+
+    def owners(self, name: bytes) -> tuple[str, ...]:
+        """Ids of the stores that have that block, in order."""
+        numbers = set(self._map.owners(name))
+        return tuple(sorted(store for store, owner in self._stores.items() if owner in numbers))
 
     def stat(self) -> MirrorStat:
         behind_s = time.monotonic() - self._level_at
-        return MirrorStat(len(self._map), self._events, self._gaps, self._snapshots, behind_s)
+        blocks = sum(map(self._map.count, self._stores.values()))
+        return MirrorStat(blocks, self._events, self._gaps, self._snapshots, behind_s)
 
     async def _run(self) -> None:
         while True:
@@ -171,14 +116,43 @@ class Mirror:
             position, number = last[0][0], _number(last[0][1])
         else:
             position, number = b"0-0", await self._last_number()
-        fresh = PrefixMap(self._capacity)
-        for store in await self._link.command("HKEYS", self._keys.stores):
-            cursor, own = -1, self._keys.own(store.decode(errors="replace"))
-            while cursor:
-                cursor, members = await self._link.command("SSCAN", own, max(cursor, 0), "COUNT", PAGE)
-                fresh.put(members, store.decode(errors="replace"))
-        self._map, self._position, self._number = fresh, position, number
+        fresh: dict[str, int] = {}
+        try:
+            for name in await self._link.command("HKEYS", self._keys.stores):
+                await self._take_store(name.decode(errors="replace"), fresh)
+        except BaseException:
+            self._leave(fresh)
+            raise
+        before, self._stores = self._stores, fresh
+        self._leave(before)
+        self._position, self._number = position, number
         self._snapshots += 1
+
+    async def _take_store(self, store: str, fresh: dict[str, int]) -> None:
+        """All that a store has published, under a number of its own in `fresh`."""
+        cursor, own = -1, self._keys.own(store)
+        while cursor:
+            cursor, members = await self._link.command("SSCAN", own, max(cursor, 0), "COUNT", PAGE)
+            if members:
+                self._put(fresh, store, members)
+
+    def _put(self, stores: dict[str, int], store: str, hashes: list[bytes]) -> None:
+        if store not in stores:
+            stores[store] = self._map.join()
+        self._map.put(stores[store], hashes)
+
+    def _delete(self, store: str, hashes: list[bytes]) -> None:
+        owner = self._stores.get(store)
+        if owner is None:
+            return
+        self._map.delete(owner, hashes)
+        if not self._map.count(owner):
+            del self._stores[store]
+            self._map.leave(owner)
+
+    def _leave(self, stores: dict[str, int]) -> None:
+        for owner in stores.values():
+            self._map.leave(owner)
 
     async def _last_number(self) -> int:
         return _number({b"n": await self._link.command("GET", self._keys.sequence) or 0})
@@ -194,8 +168,9 @@ class Mirror:
             if number != self._number + 1:
                 raise _Gap(f"event {number} came after {self._number}")
             store = event.get(b"store", b"").decode(errors="replace")
-            self._map.put(_names(event.get(b"put", b"")), store)
-            self._map.delete(_names(event.get(b"del", b"")), store)
+            if put := split(event.get(b"put", b"")):
+                self._put(self._stores, store, put)
+            self._delete(store, split(event.get(b"del", b"")))
             self._position, self._number = position, number
             self._events += 1
         if 0 < len(events) < EVENTS:
@@ -212,7 +187,3 @@ def _number(event: Any) -> int:
         return int(event[b"n"])
     except (KeyError, TypeError, ValueError):
         raise _Gap("an event has no number; is the Redis shared with another version?") from None
-
-
-def _names(joined: bytes) -> list[bytes]:
-    return [joined[at : at + HASH_BYTES] for at in range(0, len(joined), HASH_BYTES)]

@@ -1,107 +1,122 @@
 """Which owner has which block: one map from block hashes to sets of owners, for prompts of thousands of blocks.
 
 An owner is a worker (what its KV cache can be hit for) or a store; it joins and gets a number, and a set of owners is a
-bit mask in one integer, so walking a prompt is one dictionary lookup and one `and` per block however many owners there
-are. Beyond `capacity` the least recently used blocks are forgotten. Plain data: no clock, no network, and a copy of
-what others said, so good for choosing a worker and never to be trusted with more.
+bit mask in one integer, so walking a prompt is one dictionary lookup per block, and an `and` where the owners change,
+however many owners there are. Beyond `capacity` the least recently used blocks are forgotten. Plain data: no clock, no
+network, and a copy of what others said, so good for choosing a worker and never to be trusted with more.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-CAPACITY = 1_000_000  # blocks, at about 190 bytes each
-RETIRED = 256  # owners that left before their bits are swept out of the map and their numbers used again
+from kvstore.hashing import HASH_BYTES
+
+CAPACITY = 1_000_000  # blocks, at about 180 bytes each
+RETIRED = 256  # owners that left before their bits are swept out of the map and their numbers given out again
+SWEEP = 256  # blocks that are swept with each change
 MAX_SHARED = 65_536  # masks that are kept to be shared
 
 
 class PrefixMap:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._owners: OrderedDict[bytes, int] = OrderedDict()  # block -> mask of who has it; least recently used first
+        self._masks: OrderedDict[bytes, int] = OrderedDict()  # block -> who has it; least recently used first
         self._shared: dict[int, int] = {}  # equal masks are one object: there are few, and they compare fast
-        self._free: list[int] = []  # numbers that may be given out again
-        self._size = 0  # numbers given out so far
+        self._counts: list[int] = []  # owner -> blocks that it has, as far as they are remembered
         self._live = 0  # mask of the owners that have joined and not left
-        self._retired: list[int] = []
+        self._free: list[int] = []  # numbers that may be given out again: no block has their bits
+        self._retired: list[int] = []  # numbers of owners that left
+        self._sweeping: list[int] = []  # those whose bits are being taken out of ...
+        self._unswept: list[bytes] = []  # ... these blocks
 
     def __len__(self) -> int:
-        return len(self._owners)
+        return len(self._masks)
 
     def join(self) -> int:
         """A new owner's number; it has nothing yet."""
         if self._free:
             owner = self._free.pop()
         else:
-            owner, self._size = self._size, self._size + 1
+            owner = len(self._counts)
+            self._counts.append(0)
         self._live |= 1 << owner
         return owner
 
     def leave(self, owner: int) -> None:
         """The owner has nothing any more and its number is not valid any more."""
-        self._live &= ~(1 << owner)
+        self._live &= ~self._bit(owner)
+        self._counts[owner] = 0
         self._retired.append(owner)
-        if len(self._retired) > RETIRED:
-            self._sweep()
+        if len(self._retired) > RETIRED and not self._sweeping:
+            self._sweeping, self._retired = self._retired, []
+            self._unswept = list(dict.keys(self._masks))  # ten times as fast as in the order of use
+        self._sweep()
 
     def put(self, owner: int, hashes: Iterable[bytes]) -> None:
-        bit = 1 << owner
+        bit, live, masks, new = self._bit(owner), self._live, self._masks, 0
         for name in hashes:
-            mask = self._owners.get(name, 0)
+            mask = masks.get(name, 0)
             if not mask & bit:
-                self._owners[name] = self._share(mask | bit)
-            self._owners.move_to_end(name)
-        while len(self._owners) > self._capacity:
-            self._owners.popitem(last=False)
+                masks[name] = self._share(mask & live | bit)
+                new += 1
+            masks.move_to_end(name)
+        self._counts[owner] += new
+        while len(masks) > self._capacity:
+            _, mask = masks.popitem(last=False)
+            for loser in _bits(mask & live):
+                self._counts[loser] -= 1
+        self._sweep()
 
     def delete(self, owner: int, hashes: Iterable[bytes]) -> None:
-        bit = 1 << owner
+        bit, live, masks = self._bit(owner), self._live, self._masks
         for name in hashes:
-            mask = self._owners.get(name, 0)
-            if mask == bit:
-                del self._owners[name]
-            elif mask & bit:
-                self._owners[name] = self._share(mask & ~bit)
+            mask = masks.get(name, 0)
+            if not mask & bit:
+                continue
+            self._counts[owner] -= 1
+            if rest := mask & live & ~bit:
+                masks[name] = self._share(rest)
+            else:
+                del masks[name]
+        self._sweep()
+
+    def count(self, owner: int) -> int:
+        """Blocks that the owner has, as far as they are remembered."""
+        return self._counts[owner]
 
     def owners(self, name: bytes) -> tuple[int, ...]:
         """Who has that block, by number."""
-        return tuple(_bits(self._owners.get(name, 0) & self._live))
+        return tuple(_bits(self._masks.get(name, 0) & self._live))
 
     def lookup(self, hashes: Sequence[bytes]) -> npt.NDArray[np.int32]:
         """Owner number -> how many leading blocks of the chain it has. Counts as use of them."""
-        depths = np.zeros(self._size, dtype=np.int32)
-        running, last, depth, get = self._live, 0, 0, self._owners.get
-        for depth, name in enumerate(hashes):
-            mask = get(name, 0)
-            if mask is last and depth:
-                continue
-            still, last = running & mask, mask
-            if still != running:
-                self._record(depths, running ^ still, depth)
-                running = still
-                if not running:
+        depths = np.zeros(len(self._counts), dtype=np.int32)
+        running, depth = self._live, 0
+        last: int | None = 0
+        for mask in map(self._masks.get, hashes):
+            if mask is not last:
+                still = running & mask if mask else 0
+                if still != running:
+                    _record(depths, running ^ still, depth)
+                    running = still
+                if not still:
                     break
-        else:
-            depth = len(hashes)
-            self._record(depths, running, depth)
-        for name in reversed(hashes[:depth]):  # parents outlive their children
-            self._owners.move_to_end(name)
+                last = mask
+            depth += 1
+        _record(depths, running, depth)
+        # parents outlive their children; a deque of no length is how to run a map for its effects
+        deque(map(self._masks.move_to_end, reversed(hashes[:depth])), maxlen=0)
         return depths
 
-    def _record(self, depths: npt.NDArray[np.int32], mask: int, depth: int) -> None:
-        """These owners have that many blocks."""
-        if not depth or not mask:
-            return
-        if mask.bit_count() < 8:
-            for owner in _bits(mask):
-                depths[owner] = depth
-            return
-        packed = np.frombuffer(mask.to_bytes(-(-self._size // 8), "little"), dtype=np.uint8)
-        depths[np.unpackbits(packed, count=self._size, bitorder="little").view(bool)] = depth
+    def _bit(self, owner: int) -> int:
+        bit = 1 << owner
+        assert self._live & bit, f"owner {owner} has left, or never joined"
+        return bit
 
     def _share(self, mask: int) -> int:
         if len(self._shared) >= MAX_SHARED:
@@ -109,14 +124,40 @@ class PrefixMap:
         return self._shared.setdefault(mask, mask)
 
     def _sweep(self) -> None:
-        """Rare, and as long as the map is large: owners leave seldom, and each of them costs one bit until then."""
-        for name, mask in list(self._owners.items()):
-            if not mask & self._live:
-                del self._owners[name]
-            elif mask & ~self._live:
-                self._owners[name] = self._share(mask & self._live)
-        self._free += self._retired
-        self._retired = []
+        """A little at a time, so that no change ever waits for the whole map. Bits of those who left cannot come back:
+        whatever changes a mask leaves them out."""
+        if not self._sweeping:
+            return
+        for name in self._unswept[-SWEEP:]:
+            mask = self._masks.get(name, 0)
+            if mask & ~self._live:
+                if rest := mask & self._live:
+                    self._masks[name] = self._share(rest)
+                else:
+                    del self._masks[name]
+        del self._unswept[-SWEEP:]
+        if not self._unswept:
+            self._free += self._sweeping
+            self._sweeping = []
+
+
+def split(joined: bytes) -> list[bytes]:
+    """Hashes that were sent one after the other."""
+    return [joined[at : at + HASH_BYTES] for at in range(0, len(joined), HASH_BYTES)]
+
+
+def _record(depths: npt.NDArray[np.int32], mask: int, depth: int) -> None:
+    """These owners have that many blocks."""
+    if not depth or not mask:
+        return
+    if mask.bit_count() < 8:
+        while mask:  # as `_bits`, of which there would be one for every block at worst
+            highest = mask.bit_length() - 1
+            depths[highest] = depth
+            mask ^= 1 << highest
+        return
+    packed = np.frombuffer(mask.to_bytes(-(-len(depths) // 8), "little"), dtype=np.uint8)
+    depths[np.unpackbits(packed, count=len(depths), bitorder="little").view(bool)] = depth
 
 
 def _bits(mask: int) -> Iterator[int]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,8 +22,10 @@ from cluster.config import Config
 from cluster.membership import Membership
 from cluster.messages import FinishReason
 from kvstore.mirror import Mirror
+from kvstore.prefix_map import PrefixMap
 from router import http_errors
 from router.choices import Choices
+from router.explain import explained, explanation
 from router.fleet import Fleet, Members
 from router.json_route import JsonRoute
 from router.kv import kv
@@ -31,8 +34,9 @@ from router.metrics import Metrics
 from router.middleware import ApiKeys, BodyLimit, RequestId
 from router.openai import ChatRequest, CompletionRequest, GenerationRequest
 from router.operations import operations
+from router.placement import Decision
 from router.responses import DONE, ChatFormat, CompletionFormat, Format, Head, Whole
-from router.service import Service
+from router.service import Caller, Service
 from router.settings import RouterSettings
 from router.streaming import ClientLeft, EventStream, until_client_leaves
 
@@ -50,15 +54,28 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     router_id = f"router-{uuid.uuid4().hex[:12]}"
     members = members or Membership(settings.redis_url)
     secret, stores = settings.cluster_secret, settings.store_namespaces
-    fleet = Fleet(members, settings.namespace, router_id, secret, config.worker_timeout, stores)
-    service = Service(config, settings, fleet, metrics)
-    mirror = Mirror(settings.redis_url, settings.namespace) if settings.redis_url else None
+    prefix_map = PrefixMap()  # what the workers' streams and the stores' index tell
+    mirror = Mirror(settings.redis_url, settings.namespace, prefix_map) if settings.redis_url else None
+    fleet = Fleet(
+        members,
+        settings.namespace,
+        router_id,
+        secret,
+        config.worker_timeout,
+        stores,
+        model_key=settings.model_key,
+        prefix_map=prefix_map,
+        store_owners=mirror.stores if mirror is not None else tuple,
+        policy=config.placement,
+    )
+    service = Service(config, settings, fleet, metrics, router_id)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await fleet.start()
         if mirror is not None:
             await mirror.start()
+        await service.start()
         try:
             yield
         finally:
@@ -71,7 +88,7 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     app.router.route_class = JsonRoute
     http_errors.install(app, metrics)
     app.add_middleware(BodyLimit, limit=BODY_LIMIT)  # the last added sees a request first
-    app.add_middleware(ApiKeys, keys=config.api_keys)
+    app.add_middleware(ApiKeys, keys=config.api_keys, operator_key=config.operator_key)
     app.add_middleware(RequestId)
     app.include_router(operations(fleet, metrics, settings, router_id, mirror))
     app.include_router(kv(fleet, Chains(config, settings, service.text), config, mirror))
@@ -89,14 +106,21 @@ def _add_generation(app: FastAPI, service: Service, metrics: Metrics, model: str
     @app.post("/v1/chat/completions", tags=["generation"], responses=responses)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions."""
-        choices = await service.chat(body, request.state.tenant, request.state.request_id)
+        choices = service.chat(body, _caller(request))
         return await _answer(body, request, choices, metrics, ChatFormat(_head("chatcmpl", model)))
 
     @app.post("/v1/completions", tags=["generation"], responses=responses)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """OpenAI's completions."""
-        choices = await service.completion(body, request.state.tenant, request.state.request_id)
+        choices = service.completion(body, _caller(request))
         return await _answer(body, request, choices, metrics, CompletionFormat(_head("cmpl", model)))
+
+
+def _caller(request: Request) -> Caller:
+    """Raises Forbidden when the request asks for what is not for whoever sent it."""
+    explained(request)
+    state = request.state
+    return Caller(state.tenant, state.operator, state.request_id)
 
 
 def _head(prefix: str, model: str) -> Head:
@@ -104,19 +128,26 @@ def _head(prefix: str, model: str) -> Head:
 
 
 async def _answer(
-    body: GenerationRequest, request: Request, choices: Choices, metrics: Metrics, form: Format
+    body: GenerationRequest, request: Request, choices: Awaitable[Choices], metrics: Metrics, form: Format
 ) -> Response:
+    """`choices` are there when it is the request's turn; the client may leave before, and is then out of the queue."""
     headers = {"x-ignored-fields": body.ignored_fields} if body.ignored_fields else {}
-    if body.stream:
-        return EventStream(_frames(choices, form, body.include_usage, metrics), headers)
     try:
-        whole = await until_client_leaves(request.receive, _whole(choices, form))
+        if body.stream:
+            made = await until_client_leaves(request.receive, choices)
+            late = partial(explanation, made.decisions()) if explained(request) else dict
+            return EventStream(_frames(made, form, body.include_usage, metrics), headers, late)
+        whole, decisions = await until_client_leaves(request.receive, _whole(choices, form))
     except ClientLeft:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if explained(request):
+        headers |= explanation(decisions)
     return Response(whole, headers=headers, media_type="application/json")
 
 
-async def _whole(choices: Choices, form: Format) -> bytes:
+async def _whole(awaited: Awaitable[Choices], form: Format) -> tuple[bytes, list[Decision]]:
+    """The body, and where it came from."""
+    choices = await awaited
     texts: dict[int, str] = {}  # choice -> text so far
     tokens: dict[int, list[int]] = {}
     finishes: dict[int, FinishReason | None] = {}
@@ -127,7 +158,7 @@ async def _whole(choices: Choices, form: Format) -> bytes:
             finishes[piece.index] = piece.finish
     wanted = sorted(texts)
     bodies = [Whole(texts[i], finishes[i], tokens[i] if choices.token_ids else None) for i in wanted]
-    return form.whole(bodies, choices.usage())
+    return form.whole(bodies, choices.usage()), choices.decisions()
 
 
 async def _frames(choices: Choices, form: Format, include_usage: bool, metrics: Metrics) -> AsyncGenerator[bytes, None]:

@@ -1,8 +1,9 @@
 """One attempt at a request: a route, its one or two legs, and their tokens put into one order.
 
-A prefill worker that refuses or dies before it accepted is replaced, at last by nobody: then the decode worker
-prefills. One that dies later needs no replacement, because the decode leg computes what does not arrive. When the
-decode leg fails the attempt has failed, and what to do about it is for `router/dispatch.py`.
+Both workers are chosen at once; while the prefill worker is asked, the decode worker's part is reserved. A prefill
+worker that refuses or dies before it accepted is replaced, at last by nobody: then the decode worker prefills. One that
+dies later needs no replacement, because the decode leg computes what does not arrive. When the decode leg fails the
+attempt has failed, and what to do about it is for `router/dispatch.py`.
 
     tokens   0 ........ start ......... delivered ......... end of the frame at hand
              earlier    by this attempt            |new     a frame that begins later than `delivered` waits for the
@@ -13,15 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import DeadlineExceeded, TandemError, Unavailable, WorkerLost
+from cluster.errors import DeadlineExceeded, Moved, TandemError, Unavailable, WorkerLost
 from cluster.messages import DecodeJob, FinishReason, Generation, Handoff, PrefillJob, TokenOutput
 from router.fleet import Fleet
 from router.outputs import SUBMIT_TIMEOUT_S, Events, LegFailed, WorkerLink
-from router.placement import Route, place
+from router.placement import Ask, Decision
 from router.request import Delta, Progress
 
 PREFILL_TRIES = 2  # prefill workers asked per attempt before the decode worker does it itself
@@ -42,11 +43,13 @@ class _Leg:
 class Attempt:
     """One route tried: its legs, and the queue that both answer into."""
 
-    def __init__(self, fleet: Fleet, progress: Progress, number: int) -> None:
+    def __init__(self, fleet: Fleet, progress: Progress, number: int, hashes: Sequence[bytes]) -> None:
         self.placed = False  # False after `start` failed: nobody was left to place it on
         self._fleet = fleet
         self._progress = progress
-        self._number = number
+        self._name = f"{progress.request.id}-{number}"
+        self._hashes = hashes  # of the full blocks of prompt and output so far
+        self._reserved: WorkerLink | None = None  # the decode worker, until it has its job
         self._start = len(progress.tokens)  # index of this attempt's first token
         self._events: Events = asyncio.Queue()
         self._frames: list[TokenOutput] = []  # arrived before the tokens in front of them
@@ -59,26 +62,29 @@ class Attempt:
 
     async def start(self) -> None:
         """Place, and submit to both workers; returns when the prefill worker, if any, has accepted."""
-        request, failed = self._progress.request, self._progress.failed
-        route = self._place()
-        if route.prefill and request.sampling.max_tokens - self._start == 1:
-            self._submit_decode(route.prefill, None)  # one token is all prefill: nothing to hand over
+        request = self._progress.request
+        decision = self._place()
+        if decision.route.prefill and request.sampling.max_tokens - self._start == 1:
+            self._reserve(decision.route.prefill, decision.uncached_tokens)
+            self._submit_decode(decision.route.prefill, None)  # one token is all prefill: nothing to hand over
             return
         handoff = None
         for _ in range(PREFILL_TRIES):
-            if route.prefill is None:
+            prefill = decision.route.prefill
+            if prefill is None:
                 break
-            outcome = await self._submit_prefill(route.prefill)
-            if isinstance(outcome, TandemError):
-                if not outcome.retriable:
-                    raise outcome
-                log.warning("prefill worker %s failed %s: %s", route.prefill, request.id, outcome.message)
-                failed.add(route.prefill)
-            route = self._place()  # while this waited, others have chosen their decode workers
+            outcome = await self._submit_prefill(prefill, decision.uncached_tokens)
             if not isinstance(outcome, TandemError):
                 handoff = outcome
                 break
-        self._submit_decode(route.decode, handoff)
+            if not outcome.retriable:
+                raise outcome
+            log.warning("prefill worker %s failed %s: %s", prefill, request.id, outcome.message)
+            self._progress.failed.add(prefill)
+            decision = self._place()
+        if self._fleet.table.row(decision.route.decode) is None:  # it left while this waited
+            decision = self._place()
+        self._submit_decode(decision.route.decode, handoff)
 
     async def next(self) -> Delta:
         """The next tokens in order. Raises what ended the attempt, after all tokens that came before it."""
@@ -96,18 +102,46 @@ class Attempt:
         """Detach all legs and return the aborts to run for those that may still be going on."""
         if self._prefill and self._decode and self._decode.finished:  # its blocks are not needed any more
             self._prefill.finished = not self._prefill_pending
+        self._unreserve()
         for leg in self._legs:
             leg.link.detach(leg.id)
         return [_abort(leg) for leg in self._legs if not leg.finished]
 
-    def _place(self) -> Route:
+    def _place(self) -> Decision:
+        """The workers to ask, with the decode worker's part reserved. Raises Unavailable when nobody is left."""
+        progress = self._progress
         self.placed = False
-        route = place(self._fleet.snapshot(), frozenset(self._progress.failed))
+        tokens = len(progress.request.prompt) + self._start
+        ask = Ask(tokens, progress.expected_tokens, frozenset(progress.failed))
+        decision = self._fleet.place(ask, self._hashes)
         self.placed = True
-        return route
+        progress.request.decisions.append(decision)
+        alone = decision.route.prefill is None
+        self._reserve(decision.route.decode, decision.uncached_tokens if alone else 0)
+        return decision
 
-    async def _submit_prefill(self, worker_id: str) -> Handoff | TandemError | None:
-        leg = self._open("p", worker_id, None)
+    def _reserve(self, worker_id: str, uncached_tokens: int) -> None:
+        """That worker is to have the decode job."""
+        self._unreserve()
+        self._reserved = self._fleet.link(worker_id)
+        tokens = len(self._progress.request.prompt) + self._start
+        self._reserved.reserve(self._decode_id, uncached_tokens, tokens)
+
+    @property
+    def _decode_id(self) -> str:
+        return f"{self._name}d"
+
+    def _unreserve(self) -> None:
+        """What was reserved is not to be sent."""
+        if self._reserved is not None:
+            self._reserved.detach(self._decode_id)
+            self._reserved = None
+
+    async def _submit_prefill(self, worker_id: str, uncached_tokens: int) -> Handoff | TandemError | None:
+        link = self._fleet.link(worker_id)
+        leg_id = f"{self._name}p{len(self._legs)}"
+        link.reserve(leg_id, uncached_tokens, 0)
+        leg = self._open(link, PrefillJob(self._generation(leg_id)))
         # not `await leg.submitting`: leaving must not cancel a Submit half way, or nobody knows whether to abort it
         await asyncio.wait({leg.submitting})
         outcome = leg.submitting.result()
@@ -120,7 +154,9 @@ class Attempt:
 
     def _submit_decode(self, worker_id: str, handoff: Handoff | None) -> None:
         """Does not wait: the first token of a prefill leg must not wait for the decode worker's answer."""
-        self._decode = leg = self._open("d", worker_id, handoff)
+        link = self._fleet.link(worker_id)
+        self._reserved = None  # the leg is detached instead
+        self._decode = leg = self._open(link, DecodeJob(self._generation(self._decode_id), handoff))
         self._cached_from = self._cached_from or leg.id
 
         def refused(task: asyncio.Task[Handoff | TandemError | None]) -> None:
@@ -130,10 +166,10 @@ class Attempt:
 
         leg.submitting.add_done_callback(refused)
 
-    def _open(self, kind: str, worker_id: str, handoff: Handoff | None) -> _Leg:
+    def _generation(self, leg_id: str) -> Generation:
         request, progress = self._progress.request, self._progress
-        generation = Generation(
-            id=f"{request.id}-{self._number}{kind}{len(self._legs)}",
+        return Generation(
+            id=leg_id,
             prompt=request.prompt,
             output=tuple(progress.tokens[: self._start]),
             sampling=request.sampling,
@@ -142,10 +178,11 @@ class Attempt:
             tenant=request.tenant,
             exact=request.exact,
         )
-        link = self._fleet.link(worker_id)
-        job = PrefillJob(generation) if kind == "p" else DecodeJob(generation, handoff)
-        link.attach(job, self._events)
-        leg = _Leg(generation.id, link, asyncio.create_task(_outcome(link, job)))
+
+    def _open(self, link: WorkerLink, job: PrefillJob | DecodeJob) -> _Leg:
+        leg_id = job.generation.id
+        link.attach(leg_id, self._events)
+        leg = _Leg(leg_id, link, asyncio.create_task(_outcome(link, job)))
         self._legs.append(leg)
         return leg
 
@@ -175,7 +212,8 @@ class Attempt:
     def _take_failure(self, leg: _Leg, error: TandemError) -> None:
         if leg is self._decode:
             self._failure = error
-            self._progress.failed.add(leg.link.info.id)
+            if not isinstance(error, Moved):
+                self._progress.failed.add(leg.link.info.id)
         elif leg is self._prefill:
             self._prefill_pending = False
             if not error.retriable:

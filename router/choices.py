@@ -16,6 +16,7 @@ from types import TracebackType
 from cluster.messages import FinishReason
 from router.detokenizer import Detokenizer
 from router.metrics import CANCELLED, FINISHED, Metrics
+from router.placement import Decision
 from router.request import Delta, Request
 from router.responses import Usage
 
@@ -45,13 +46,14 @@ class Piece:
 class Choices:
     """`async with choices: async for piece in choices: ...`, then `choices.usage()`."""
 
-    def __init__(self, plans: list[Plan], serve: Serve, metrics: Metrics, token_ids: bool = False) -> None:
-        self.waiting = len(plans)  # choices without a first token
+    def __init__(
+        self, plans: list[Plan], serve: Serve, metrics: Metrics, arrival_s: float, token_ids: bool = False
+    ) -> None:
         self._plans = plans
         self._serve = serve
         self._metrics = metrics
         self.token_ids = token_ids  # the client wants them: no token waits for its text
-        self._arrival = time.monotonic()
+        self._arrival = arrival_s  # monotonic
         self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self._cached = [0] * len(plans)  # choice -> cached prompt tokens
         self._tasks: list[asyncio.Task[None]] = []
@@ -63,7 +65,6 @@ class Choices:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.waiting = 0
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -93,6 +94,10 @@ class Choices:
             cached_tokens=sum(self._cached[index] for index in firsts.values()),
         )
 
+    def decisions(self) -> list[Decision]:
+        """Where the first choice was placed, and where before."""
+        return self._plans[0].request.decisions
+
     async def _run(self, index: int, plan: Plan) -> None:
         try:
             await self._generate(index, plan)
@@ -107,7 +112,6 @@ class Choices:
             async for delta in deltas:
                 now = time.monotonic()
                 if last is None:
-                    self.waiting -= 1
                     self._metrics.ttft.observe(now - self._arrival)
                 else:
                     self._metrics.itl.observe((now - last) / max(1, len(delta.tokens)))

@@ -2,7 +2,8 @@
 
     attempt 0   place -> PrefillJob -> Accepted(handoff) -> DecodeJob(handoff)   tokens come from both legs
     attempt 1   the decode leg failed: place again without that worker, with the tokens delivered so far as `output`
-    ...         at most ATTEMPTS, then the error of the last one
+    ...         at most ATTEMPTS that failed, then the error of the last one
+    moved       the worker gave it up so that another goes on: the same, but nobody has failed
 
 Whichever way `serve` is left, the legs of every attempt are aborted at their workers unless they are known to have
 finished. What happens within one attempt is `router/attempt.py`.
@@ -12,16 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
-from cluster.errors import TandemError
+from cluster.errors import Moved, TandemError
+from router import chains
 from router.attempt import Attempt
 from router.fleet import Fleet
 from router.request import Delta, Progress, Request
 
 ATTEMPTS = 3
+MOVES = 16  # more than any plan has reason for: a worker that gives up whatever it gets must not turn this into a loop
+TYPICAL_TOKENS = 128  # of output, before any request has ended
+TYPICAL_PART = 1 / 32  # of what is typical comes from the latest
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ class Dispatcher:
     def __init__(self, fleet: Fleet, request_timeout_s: float) -> None:
         self._fleet = fleet
         self._request_timeout_s = request_timeout_s
+        self._typical_tokens = float(TYPICAL_TOKENS)
         self._background: set[asyncio.Task[None]] = set()
 
     async def serve(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -39,14 +44,17 @@ class Dispatcher:
 
         Close the iterator (`contextlib.aclosing`) when leaving early: that is what aborts the legs.
         """
-        progress = Progress(request, time.monotonic() + self._request_timeout_s)
+        progress = Progress(request, request.arrival_s + self._request_timeout_s, max(1, round(self._typical_tokens)))
         error: TandemError | None = None
-        for number in range(ATTEMPTS):
-            attempt = Attempt(self._fleet, progress, number)
+        failures = moves = 0
+        while failures < ATTEMPTS and moves < MOVES:
+            attempt = Attempt(self._fleet, progress, failures + moves, await self._hashes(progress))
             try:
                 await attempt.start()
                 while True:
                     delta = await attempt.next()
+                    if delta.finish:
+                        self._typical_tokens += TYPICAL_PART * (len(progress.tokens) - self._typical_tokens)
                     yield delta
                     if delta.finish:
                         return
@@ -55,8 +63,10 @@ class Dispatcher:
                     raise error or failure from None  # nobody is left; the reason why says more
                 if not failure.retriable or progress.remaining_s <= 0:
                     raise
-                log.warning("attempt %d of %s failed: %s", number, request.id, failure.message)
+                log.warning("attempt %d of %s failed: %s", failures + moves, request.id, failure.message)
                 error = failure
+                moved = isinstance(failure, Moved)
+                failures, moves = failures + (not moved), moves + moved
             finally:
                 self._spawn(attempt.leave())
         assert error is not None
@@ -66,6 +76,14 @@ class Dispatcher:
         """Wait for the aborts under way; each has its own deadline."""
         if self._background:
             await asyncio.wait(self._background)
+
+    async def _hashes(self, progress: Progress) -> tuple[bytes, ...]:
+        """Of the full blocks of what the next attempt has to compute."""
+        request = progress.request
+        if request.hashes is not None and not progress.tokens:
+            return request.hashes
+        tokens = (*request.prompt, *progress.tokens)
+        return await chains.hashes(self._fleet.model_key, tokens, request.salt, request.exact)
 
     def _spawn(self, aborts: list[Coroutine[Any, Any, None]]) -> None:
         for abort in aborts:

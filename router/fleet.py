@@ -1,23 +1,29 @@
-"""The workers and stores a router knows: membership polled, connections kept, snapshots handed out.
+"""The workers and stores a router knows: membership polled, connections kept, and what placement needs to know of them.
 
 Membership only introduces. Whether a worker lives is for its own stream to say, so a Redis that is down, empty or
 behind takes nobody out of service: the last known fleet stays, and a listed worker that is not connected is never
-placed. No policy here (`router/placement.py`) and no request (`router/dispatch.py`).
+placed. Every report of a worker goes into `table` at once, what it has cached into the prefix map. No policy here
+(`router/placement.py`) and no request (`router/dispatch.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from cluster.errors import TandemError, WorkerLost
-from cluster.messages import StoreInfo, WorkerInfo
+from cluster.messages import ControllerInfo, RouterInfo, StoreInfo, WorkerInfo
 from cluster.rpc import Client
 from cluster.store_messages import StatRequest, StoreStat
+from kvstore.hashing import ModelKey
+from kvstore.prefix_map import PrefixMap
+from router.experience import Experience
 from router.outputs import WorkerLink
-from router.placement import WorkerView
+from router.placement import Ask, Decision, place
+from router.table import FleetTable, WorkerView
 
 POLL_S = 1.0
 POLL_TIMEOUT_S = 2.0
@@ -31,12 +37,17 @@ class Members(Protocol):
 
     async def members(self, namespace: str) -> tuple[list[WorkerInfo], list[StoreInfo]]: ...
 
+    async def reports(self, namespace: str) -> tuple[list[RouterInfo], list[ControllerInfo]]: ...
+
     async def close(self) -> None: ...
 
 
 class Fleet:
     """Owns one WorkerLink per known worker, and the membership. Must be started and closed in the loop that serves.
-    Workers are those of `namespace`; stores too, unless `store_namespaces` says otherwise."""
+
+    Workers are those of `namespace`; stores too, unless `store_namespaces` says otherwise. `prefix_map` says who has
+    which block: workers join it here, stores elsewhere, and `store_owners` tells their ids and numbers.
+    """
 
     def __init__(
         self,
@@ -46,9 +57,23 @@ class Fleet:
         secret: str,
         worker_timeout_s: float,
         store_namespaces: Sequence[str] = (),
+        *,
+        model_key: ModelKey,
+        prefix_map: PrefixMap | None = None,
+        store_owners: Callable[[], Iterable[tuple[str, int]]] = tuple,
+        policy: str = "least_time",
     ) -> None:
         self.redis_reachable = False
         self.stores: tuple[StoreInfo, ...] = ()
+        self.model_key = model_key
+        self.table = FleetTable(model_key.block_size, 0)  # the workers that a request may go to
+        self.changed = asyncio.Event()  # set when that has changed, for one waiter, who clears it
+        self._map = PrefixMap() if prefix_map is None else prefix_map  # an empty one is false
+        self._experience = Experience()
+        self._store_owners = store_owners
+        self._placed_stores: dict[int, str] = {}  # number in the prefix map -> node
+        self._policy = policy
+        self._rng = random.Random()
         self._membership = membership
         self._namespace = namespace
         self._store_namespaces = store_namespaces or (namespace,)
@@ -57,6 +82,7 @@ class Fleet:
         self._worker_timeout_s = worker_timeout_s
         self._links: dict[str, WorkerLink] = {}  # worker id -> its connection
         self._listed: frozenset[str] = frozenset()  # worker ids in the last membership answer
+        self._connected: set[str] = set()  # ids of the workers that were when `table` was selected
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -87,13 +113,27 @@ class Fleet:
 
     def snapshot(self) -> tuple[WorkerView, ...]:
         """The workers a request may go to. One that has left the membership is draining, unless all have."""
-        alive = [link for link in self._links.values() if link.alive]
-        listed = [link for link in alive if link.info.id in self._listed]
-        return tuple(link.view() for link in listed or alive)
+        return tuple(self._links[worker_id].view() for worker_id in self.table.ids())
 
-    def waiting(self) -> int:
-        """Requests queued at the workers, as far as is known here."""
-        return sum(link.load.waiting + link.pending for link in self._links.values() if link.load)
+    def place(self, ask: Ask, hashes: Sequence[bytes]) -> Decision:
+        """Choose workers for what has those full blocks. Raises Unavailable when nobody is left."""
+        decision = place(self.table, ask, self._map.lookup(hashes), self._policy, self._rng)
+        self.table.placed(decision)
+        return decision
+
+    @property
+    def known_blocks(self) -> int:
+        """Blocks that the prefix map knows somebody to have."""
+        return len(self._map)
+
+    async def controller(self) -> ControllerInfo | None:
+        """What the controller says it did; None where there is none, or the membership does not answer."""
+        try:
+            async with asyncio.timeout(STAT_TIMEOUT_S):
+                _, controllers = await self._membership.reports(self._namespace)
+        except (TandemError, OSError):  # of which TimeoutError is one
+            return None
+        return controllers[-1] if controllers else None
 
     async def store_stats(self) -> list[tuple[StoreInfo, StoreStat | None]]:
         """Each known store with its own account of its slabs; None where it did not answer."""
@@ -137,6 +177,7 @@ class Fleet:
         await self._adopt(workers)
         if stores or not self.stores:
             self.stores = tuple(stores)
+        self._place_stores()
 
     async def _adopt(self, workers: list[WorkerInfo]) -> None:
         if not workers and any(link.alive for link in self._links.values()):
@@ -147,12 +188,57 @@ class Fleet:
             if known and (known.info.incarnation, known.info.address) == (worker.incarnation, worker.address):
                 known.info = worker
                 continue
-            self._links[worker.id] = WorkerLink(worker, self._router_id, self._secret, self._worker_timeout_s)
+            self.table.block_bytes = worker.block_bytes or self.table.block_bytes
+            self._links[worker.id] = WorkerLink(
+                worker,
+                self._router_id,
+                self._secret,
+                self._worker_timeout_s,
+                self._map,
+                self._experience,
+                self._report,
+            )
             if known:
+                self._select()
                 await known.close()
         gone = [
             link for link in self._links.values() if link.info.id not in self._listed and (link.idle or not link.alive)
         ]
         for link in gone:
             del self._links[link.info.id]
+        self._select()
+        for link in gone:
             await link.close()
+
+    def _report(self, link: WorkerLink) -> None:
+        """A worker's view has changed."""
+        worker_id = link.info.id
+        if self._links.get(worker_id) is not link:
+            return  # another incarnation has taken its place
+        if link.alive != (worker_id in self._connected):
+            self._select()
+        if self.table.row(worker_id) is not None:
+            self.table.put(link.view())
+        self.changed.set()
+
+    def _select(self) -> None:
+        """Bring the table's rows up to date with who is connected and listed."""
+        self._connected = {worker_id for worker_id, link in self._links.items() if link.alive}
+        wanted = self._connected & self._listed or self._connected
+        for worker_id in self.table.ids():
+            if worker_id not in wanted:
+                self.table.remove(worker_id)
+        for worker_id in wanted:
+            if self.table.row(worker_id) is None:
+                self.table.put(self._links[worker_id].view())
+        self.changed.set()
+
+    def _place_stores(self) -> None:
+        nodes = {store.id: store.node for store in self.stores}
+        found = {owner: nodes[store_id] for store_id, owner in self._store_owners() if store_id in nodes}
+        for owner in self._placed_stores.keys() - found.keys():
+            self.table.remove_store(owner)
+        for owner, node in found.items():
+            if self._placed_stores.get(owner) != node:
+                self.table.set_store(owner, node)
+        self._placed_stores = found

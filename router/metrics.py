@@ -12,15 +12,19 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cluster.messages import Load, StoreInfo
+from cluster.messages import Load, Rates, StoreInfo
+from cluster.perfmodel import decode_ms, prefill_ms
 from cluster.store_messages import StoreStat
 from kvstore.mirror import MirrorStat
+from router.fair_queue import FairQueue
 from router.outputs import WorkerLink
 
 FINISHED = "finished"
 CANCELLED = "cancelled"
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+WAIT_BUCKETS_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+PRIORITY_CLASSES = ("before", "normal", "after")
 E2E_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 WORKER_GAUGES: dict[str, tuple[str, Callable[[Load], int]]] = {
@@ -101,6 +105,23 @@ class Metrics:
             "tandem_request_seconds", "Arrival to end of requests that finished",
             buckets=E2E_BUCKETS_S, registry=self._registry,
         )  # fmt: skip
+        self._waited = Histogram(
+            "tandem_queue_seconds", "How long requests waited in the router for a worker",
+            buckets=WAIT_BUCKETS_S, registry=self._registry,
+        )  # fmt: skip
+        self._refused = Counter(
+            "tandem_refused", "Requests that were not let through to a worker", ["reason"], registry=self._registry
+        )
+
+    def watch(self, queue: FairQueue) -> None:
+        """From now on what waits in it is on the page."""
+        self._registry.register(_Queue(queue))
+
+    def waited(self, seconds: float) -> None:
+        self._waited.observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(reason).inc()
 
     def ended(self, outcome: str) -> None:
         self._requests.labels(outcome).inc()
@@ -110,6 +131,23 @@ class Metrics:
         fleet = CollectorRegistry()
         fleet.register(_Fleet(list(links), list(stores), mirror))
         return generate_latest(self._registry) + generate_latest(fleet)
+
+
+class _Queue(Collector):
+    """What waits in the router, by priority; never by tenant."""
+
+    def __init__(self, queue: FairQueue) -> None:
+        self._queue = queue
+
+    def collect(self) -> Iterator[Metric]:
+        requests = GaugeMetricFamily("tandem_queue_requests", "Requests waiting in the router", labels=["priority"])
+        tokens = GaugeMetricFamily("tandem_queue_tokens", "Prompt tokens waiting in the router", labels=["priority"])
+        for number, name in enumerate(PRIORITY_CLASSES):
+            items = [item for item in self._queue if 1 + (item.priority > 0) - (item.priority < 0) == number]
+            requests.add_metric([name], len(items))
+            tokens.add_metric([name], sum(item.tokens for item in items))
+        yield requests
+        yield tokens
 
 
 class _Fleet(Collector):
@@ -124,6 +162,7 @@ class _Fleet(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._workers()
+        yield from _models([(link.info.id, link.load, link.rates) for link in self._links])
         yield from self._store_states()
         if self._mirror is not None:
             yield from _index(self._mirror)
@@ -175,6 +214,26 @@ class _Fleet(Collector):
             for labels, stat in stats:
                 family.add_metric(labels, counter(stat))
             yield family
+
+
+def _models(workers: list[tuple[str, Load | None, Rates | None]]) -> Iterator[Metric]:
+    """How well the workers' performance models predict, and what."""
+    errors = GaugeMetricFamily(
+        "tandem_model_error", "Mean of |predicted - measured| / measured lately", labels=["worker", "of"]
+    )
+    prefill = GaugeMetricFamily("tandem_model_prefill_ms", "Predicted for 1,000 prompt tokens", labels=["worker"])
+    decode = GaugeMetricFamily("tandem_model_decode_ms", "Predicted for a step of what runs now", labels=["worker"])
+    start = GaugeMetricFamily("tandem_worker_start_seconds", "From process start to registration", labels=["worker"])
+    for worker, load, rates in workers:
+        if rates is None:
+            continue
+        for of in ("prefill", "decode", "fetch"):
+            errors.add_metric([worker, of], getattr(rates, f"{of}_error"))
+        prefill.add_metric([worker], prefill_ms(rates, 1_000, 0))
+        if load is not None:
+            decode.add_metric([worker], decode_ms(rates, load.running, load.context_tokens))
+        start.add_metric([worker], rates.start_s)
+    yield from (errors, prefill, decode, start)
 
 
 def _index(mirror: MirrorStat) -> Iterator[Metric]:

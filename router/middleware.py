@@ -19,6 +19,7 @@ from cluster.errors import BodyTooLarge, Unauthorized
 from router.http_errors import response
 
 MAX_REQUEST_ID = 128
+OPERATOR_HEADER = "x-tandem-operator-key"
 _NOT_IN_ID = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -65,23 +66,28 @@ class Bearer:
 
 
 class ApiKeys:
-    """Asks for a bearer key under /v1 and puts the `tenant` into the state: the key's digest, or empty."""
+    """Asks for a bearer key under /v1 and puts the `tenant` into the state: the key's digest, or empty. `operator` says
+    whether the request may do what is not for tenants: with the operator's key in a header of its own, because the
+    bearer key says whose request it is; without any keys, always."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str], operator_key: str = "") -> None:
         self._app = app
         self._keys = Bearer(keys)
+        self._operator = Bearer([operator_key] if operator_key else [])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             tenant = ""
+            headers = Headers(scope=scope)
             if self._keys and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
-                digest = self._keys.match(Headers(scope=scope).get("authorization", ""))
+                digest = self._keys.match(headers.get("authorization", ""))
                 if digest is None:
                     error = Unauthorized("send a valid API key as `Authorization: Bearer KEY`")
                     await response(error)(scope, receive, send)
                     return
                 tenant = digest.hex()
-            scope.setdefault("state", {})["tenant"] = tenant
+            operator = not self._keys or self._operator.match(f"Bearer {headers.get(OPERATOR_HEADER, '')}") is not None
+            scope.setdefault("state", {}).update(tenant=tenant, operator=operator)
         await self._app(scope, receive, send)
 
 

@@ -19,6 +19,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1_000  # every new piece of text is compared with every stop string
 MAX_BIASES = 1_024
 MAX_TOKENS = 2**31 - 1
+MAX_PRIORITY = 100
+MAX_DEADLINE_MS = 3_600_000
 
 # field -> values that ask for nothing and are therefore accepted; None always is
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -43,7 +45,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
@@ -194,6 +195,12 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=128, description="keeps this prompt's cache apart")
+    priority: int | None = Field(
+        None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower is earlier; below 0 is for operators"
+    )
+    ttft_deadline_ms: float | None = Field(
+        None, gt=0, le=MAX_DEADLINE_MS, description="refuse the request when its first token would come later"
+    )
     exact_kv: bool | None = Field(None, description="use no KV that was kept in int8; without effect where none is")
     user: Any = None  # this and the next three: accepted as OpenAI defines them, without effect
     metadata: Any = None

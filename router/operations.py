@@ -87,7 +87,9 @@ def operations(
                 "router": router_id,
                 "redis": "reachable" if fleet.redis_reachable else "unreachable",
                 "index": mirror and dataclasses.asdict(mirror.stat()),
+                "prefix_map": {"blocks": fleet.known_blocks},
                 "workers": [_worker(link) for link in fleet.links()],
+                "controller": (told := await fleet.controller()) and dataclasses.asdict(told),
                 "stores": [_store(store, stat) for store, stat in await fleet.store_stats()],
             }
         )
@@ -118,6 +120,7 @@ def _worker(link: WorkerLink) -> dict[str, Any]:
         "kv_blocks": load and load.blocks_total,
         "kv_blocks_used": load and load.blocks_total - load.blocks_free,
         "kv_blocks_cached": load and load.blocks_cached,
+        "rates": link.rates and dataclasses.asdict(link.rates),
     }
 
 

@@ -1,15 +1,20 @@
 """One connected worker, as a router sees it: its output stream, its load, and the legs that wait for its tokens.
 
-A leg is one generation at one worker; it has an id and a queue. Every frame of the stream is taken apart here and its
-items go to the queues by id. A stream that breaks, ends or stays silent for too long means the worker is lost: each of
-its legs is told so, and the connection is tried again. What to do about it is `router/dispatch.py`'s decision.
+A leg is one generation at one worker; it has an id and a queue. Every frame of the stream is taken apart here: its
+items go to the queues by id, and what it says of the worker's KV cache to the prefix map. A stream that breaks, ends or
+stays silent for too long means the worker is lost: each of its legs is told so, and the connection is tried again. What
+to do about it is `router/dispatch.py`'s decision.
+
+    reserve ─► attach ─► Submit ─► Accepted ─► report (may be of the step before) ─► report
+    a job counts here as sent ................................................................ by the worker from here
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -17,12 +22,14 @@ from cluster.errors import ProtocolError, TandemError, Unavailable, WorkerLost, 
 from cluster.messages import (
     Abort,
     Accepted,
+    CacheChange,
     DecodeJob,
     Handoff,
     JobFailed,
     Load,
     Outputs,
     PrefillJob,
+    Rates,
     Refused,
     Role,
     StepOutput,
@@ -30,11 +37,15 @@ from cluster.messages import (
     TokenOutput,
     WorkerInfo,
 )
+from cluster.perfmodel import PRIOR
 from cluster.rpc import Client
-from router.placement import WorkerView
+from kvstore.prefix_map import PrefixMap, split
+from router.experience import Experience
+from router.table import WorkerView
 
 SUBMIT_TIMEOUT_S = 10.0  # accepting reserves store space but computes nothing
 ABORT_TIMEOUT_S = 5.0
+SENT_S = 2.0  # from its acceptance a job counts as sent at most: by then there were reports
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 2.0
 
@@ -52,18 +63,43 @@ class LegFailed:
 Events = asyncio.Queue[TokenOutput | LegFailed]
 
 
-class WorkerLink:
-    """The connection to one incarnation of one worker."""
+@dataclass(slots=True)
+class _Sent:
+    """What a job adds to the worker's load until a report knows of it."""
 
-    def __init__(self, info: WorkerInfo, router_id: str, secret: str, timeout_s: float) -> None:
+    tokens: int  # of prompt to compute
+    context: int  # tokens whose KV it will have while it decodes
+    accepted_s: float = 0.0  # monotonic
+    reports: int = 0  # since it was accepted
+
+
+class WorkerLink:
+    """The connection to one incarnation of one worker. `changed` is called with it when its view is another, and when
+    it came or was lost."""
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        router_id: str,
+        secret: str,
+        timeout_s: float,
+        prefix_map: PrefixMap,
+        experience: Experience,
+        changed: Callable[[WorkerLink], None],
+    ) -> None:
         self.info = info
         self.load: Load | None = None  # None: not connected
+        self.rates: Rates | None = None  # what it says itself; None: nothing yet
+        self._filled = PRIOR  # the same with what others know
+        self._experience = experience
+        self._owner = -1  # its number in the prefix map while it is connected
+        self._map = prefix_map
+        self._changed = changed
         self._router_id = router_id
         self._timeout_s = timeout_s
         self._client = Client(info.address, secret)
         self._legs: dict[str, Events] = {}  # generation id -> the queue of its dispatch
-        self._sent: dict[str, int] = {}  # generation id -> tokens to compute, of jobs no report knows of yet
-        self._accepted: set[str] = set()  # those of them that the next report will know of
+        self._sent: dict[str, _Sent] = {}  # generation id -> what no report knows of yet
         self._closing = False
         self._task = asyncio.create_task(self._run(), name=f"outputs of {info.id}")
 
@@ -87,19 +123,37 @@ class WorkerLink:
 
     def view(self) -> WorkerView:
         assert self.load is not None, "only a live worker has a view"
-        sent_tokens = sum(self._sent.values())
-        return WorkerView(self.info.id, self.role, self.load.running, self.load.waiting_tokens, sent_tokens)
+        load, sent = self.load, self._sent.values()
+        return WorkerView(
+            id=self.info.id,
+            role=self.role,
+            node=self.info.node,
+            owner=self._owner,
+            running=load.running + load.waiting,
+            waiting_tokens=load.waiting_tokens,
+            context_tokens=load.context_tokens,
+            blocks_free=load.blocks_free,
+            blocks_total=load.blocks_total,
+            rates=self._filled,
+            sent_tokens=sum(job.tokens for job in sent),
+            sent_sequences=len(sent),
+            sent_context=sum(job.context for job in sent),
+        )
 
-    def attach(self, job: PrefillJob | DecodeJob, events: Events) -> None:
-        """From now on what this worker says about the job goes to `events`, and the job counts as load."""
-        generation = job.generation
-        follows = isinstance(job, DecodeJob) and job.handoff is not None
-        self._legs[generation.id] = events
-        self._sent[generation.id] = 1 if follows else len(generation.prompt) + len(generation.output)
+    def reserve(self, leg_id: str, tokens: int, context: int) -> None:
+        """From now on that much counts as load, because a job will be sent: `tokens` of prompt to compute, and KV of
+        `context` tokens while it decodes. Ends with `detach`, or with the reports after it was accepted."""
+        self._sent[leg_id] = _Sent(tokens, context)
+        self._tell()
+
+    def attach(self, leg_id: str, events: Events) -> None:
+        """From now on what this worker says about that job goes to `events`."""
+        self._legs[leg_id] = events
 
     def detach(self, leg_id: str) -> None:
         self._legs.pop(leg_id, None)
-        self._sent.pop(leg_id, None)
+        if self._sent.pop(leg_id, None) is not None:
+            self._tell()
 
     async def submit(self, job: PrefillJob | DecodeJob) -> Handoff | None:
         """Hand over a job that is attached. Raises the worker's refusal, WorkerLost or DeadlineExceeded."""
@@ -115,7 +169,9 @@ class WorkerLink:
             raise
         match answer:
             case Accepted(handoff):
-                self._accepted.add(job.generation.id)
+                sent = self._sent.get(job.generation.id)
+                if sent is not None:
+                    sent.accepted_s = time.monotonic()
                 return handoff
             case Refused(code, message, retry_after_ms):
                 raise _error(code, message, retry_after_ms / 1000 or None)
@@ -165,10 +221,15 @@ class WorkerLink:
                 self._take(frame)
 
     def _take(self, frame: StepOutput) -> None:
+        if self.load is None:
+            self._owner = self._map.join()
         self.load = frame.load
-        for leg_id in self._accepted:
-            self._sent.pop(leg_id, None)
-        self._accepted.clear()
+        if frame.rates is not None:
+            self.rates, self._filled = frame.rates, self._experience.filled(frame.rates)
+        if frame.cache is not None:
+            self._take_cache(frame.cache)
+        self._forget_sent({output.id for output in frame.outputs})
+        self._changed(self)
         for output in frame.outputs:
             events = self._legs.get(output.id)
             if events is None:
@@ -178,13 +239,36 @@ class WorkerLink:
             else:
                 events.put_nowait(output)
 
+    def _take_cache(self, change: CacheChange) -> None:
+        if change.reset:
+            self._map.leave(self._owner)
+            self._owner = self._map.join()
+        self._map.put(self._owner, split(change.put))
+        self._map.delete(self._owner, split(change.delete))
+
+    def _forget_sent(self, answered: set[str]) -> None:
+        """A report has come. The first after an acceptance may be of the step that was under way, unless the job has
+        been `answered` with it."""
+        now = time.monotonic()
+        for leg_id, sent in list(self._sent.items()):
+            sent.reports += sent.accepted_s > 0
+            if sent.reports >= 2 or leg_id in answered or 0 < sent.accepted_s < now - SENT_S:
+                del self._sent[leg_id]
+
     def _lose(self, error: WorkerLost) -> None:
-        self.load = None
+        if self.load is not None:
+            self._map.leave(self._owner)
+        self.load = self.rates = None
+        self._filled = PRIOR
         self._sent.clear()
-        self._accepted.clear()
+        self._changed(self)
         for leg_id, events in self._legs.items():
             events.put_nowait(LegFailed(leg_id, error))
         self._legs.clear()
+
+    def _tell(self) -> None:
+        if self.load is not None:
+            self._changed(self)
 
 
 def _error(code: str, message: str, retry_after_s: float | None) -> TandemError:

@@ -1,35 +1,37 @@
-"""Which workers serve a request: a pure function from a snapshot of the fleet to a Route.
+"""Which workers serve a request: a pure function from the fleet's table and where its prefix is to a Decision.
 
-Least loaded first. Load is counted in tokens the worker still has to compute before a new request gets its turn: queued
-prompt tokens, one per running sequence, and what this router sent it that its last report cannot know of yet.
+    prefill and decode workers   ->  Route(prefill, decode): the KV is handed over;
+                                     or Route(None, decode): the prompt goes to who decodes, where that costs less
+    no worker of role prefill    ->  Route(None, decode)
+    only workers of role prefill ->  Route(None, prefill worker): an engine accepts any job
 
-    prefill and decode workers alive   ->  Route(prefill, decode): the KV is handed over
-    no worker of role prefill          ->  Route(None, decode):    the decode worker prefills itself
-    only workers of role prefill       ->  Route(None, prefill worker): an engine accepts any job
+What a route costs is `router/costs.py`, how one is chosen `router/policies.py`. Nothing is trusted for more than time:
+a prefix that is not where it was thought to be is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
 from dataclasses import dataclass
 
 from cluster.errors import Unavailable
-from cluster.messages import Role
+from router.costs import Costs, Terms
+from router.policies import POLICIES, Eligible
+from router.table import Depths, FleetTable, WorkerView
+
+__all__ = ["Ask", "Decision", "Route", "Terms", "WorkerView", "place"]
+
+RETRY_S = 2.0  # a worker that was lost comes back, or another in its stead
+_RNG = random.Random()
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerView:
-    """One live worker at one moment."""
+class Ask:
+    """What is to be placed."""
 
-    id: str
-    role: Role
-    running: int
-    waiting_tokens: int  # uncomputed prompt tokens, as last reported
-    sent_tokens: int = 0  # sent by this router since that report
-
-    @property
-    def load(self) -> int:
-        return self.waiting_tokens + self.running + self.sent_tokens
+    tokens: int  # prompt and output so far, at least one
+    new_tokens: int  # output still expected
+    excluded: frozenset[str] = frozenset()  # workers that have failed it already
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,52 @@ class Route:
     decode: str
 
 
-def place(workers: Iterable[WorkerView], excluded: frozenset[str] = frozenset()) -> Route:
-    """The least loaded workers for one request, without those in `excluded`, which have failed it already.
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A route and why: what it costs, and what the best other one would have."""
 
-    Raises Unavailable when nobody is left; ties go to the smaller id, so that equal snapshots give equal routes.
+    route: Route
+    chosen: Terms
+    runner_up: Terms | None  # may cost a little less, when as good as equal; None: there was no other, or no asking
+    candidates: int  # workers that might have served
+    policy: str
+    uncached_tokens: int  # of the ask, neither on the device nor fetched
+
+
+def place(
+    table: FleetTable,
+    ask: Ask,
+    depths: Depths,
+    policy: str = "least_time",
+    rng: random.Random | None = None,
+) -> Decision:
+    """The workers for one request; tell the table with `placed`.
+
+    `depths` maps owners' numbers to leading blocks of the prompt, as PrefixMap.lookup gives them; owners beyond its end
+    have none. `rng` serves the policies that draw. Raises Unavailable when nobody is left.
     """
-    usable = [worker for worker in workers if worker.id not in excluded]
-    prefillers = [worker for worker in usable if worker.role == "prefill"]
-    decoders = [worker for worker in usable if worker.role != "prefill"]
-    if not decoders:
-        prefillers, decoders = [], prefillers
-    if not decoders:
-        raise Unavailable("no worker is connected that could serve this; retry, and see /status", retry_after_s=2.0)
-    return Route(_least_loaded(prefillers) if prefillers else None, _least_loaded(decoders))
+    eligible = _eligible(table, ask.excluded)
+    costs = Costs(table, ask.tokens, ask.new_tokens, depths)
+    (prefill, decode), other = POLICIES[policy](costs, eligible, rng or _RNG)
+    chosen = costs.terms(prefill, decode)
+    return Decision(
+        Route(chosen.prefill, chosen.decode),
+        chosen,
+        costs.terms(*other) if other else None,
+        int((eligible.prefill | eligible.decode).sum()),
+        policy,
+        max(0, ask.tokens - chosen.device_tokens - chosen.fetched_tokens),
+    )
 
 
-def _least_loaded(workers: list[WorkerView]) -> str:
-    return min(workers, key=lambda worker: (worker.load, worker.id)).id
+def _eligible(table: FleetTable, excluded: frozenset[str]) -> Eligible:
+    prefill, decode = table.prefill, ~table.prefill
+    gone = [row for row in map(table.row, excluded) if row is not None]
+    if gone:
+        prefill = prefill.copy()
+        prefill[gone] = decode[gone] = False
+    if not decode.any():
+        prefill, decode = decode, prefill
+    if not decode.any():
+        raise Unavailable("no worker is connected that could serve this; retry, and see /status", retry_after_s=RETRY_S)
+    return Eligible(prefill, decode)

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from cluster.messages import FinishReason, Sampling
+from router.placement import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,9 @@ class Request:
     salt: bytes
     tenant: str  # opaque tag of whom it is for
     exact: bool = True  # approximate KV is not good enough
+    hashes: tuple[bytes, ...] | None = None  # of the prompt's full blocks; None: whoever places it computes them
+    decisions: list[Decision] = field(default_factory=list, compare=False)  # every one taken for it, in order
+    arrival_s: float = field(default_factory=time.monotonic, compare=False)  # monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Progress:
 
     request: Request
     deadline: float  # monotonic seconds
+    typical_tokens: int  # of output: what others have had lately
     tokens: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     failed: set[str] = field(default_factory=set)  # ids of workers that failed this request
@@ -45,3 +50,9 @@ class Progress:
     @property
     def remaining_s(self) -> float:
         return self.deadline - time.monotonic()
+
+    @property
+    def expected_tokens(self) -> int:
+        """Still to come: as many as are typical, again and again, until no more are allowed."""
+        rest = self.request.sampling.max_tokens - len(self.tokens)
+        return max(1, min(rest, self.typical_tokens - len(self.tokens) % self.typical_tokens))

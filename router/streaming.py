@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -51,14 +51,21 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events from `frames`, which must end with their own last frame."""
+    """Server-sent events from `frames`, which must end with their own last frame. `late_headers` are asked for when the
+    first one has come."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        late_headers: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         super().__init__(headers={**SSE_HEADERS, **headers})
         del self.headers["content-length"]
         self._frames = frames
+        self._late_headers = late_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -72,6 +79,7 @@ class EventStream(Response):
             try:
                 async for frame in frames:
                     if not started:
+                        self.headers.update(self._late_headers())
                         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                         started = True
                     await send({"type": "http.response.body", "body": frame, "more_body": True})

@@ -49,6 +49,10 @@ class Served:
         """Sum over all labels."""
         return sum(value for sample, value in self.metrics().items() if sample.split("{")[0] == name)
 
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Those that contain that in their names; Ray's actors are called ray::CLASS."""
+        return [process for process in marked(self.mark) if called(process, name)]
+
     def pid(self, worker: str) -> int:
         return next(w["pid"] for w in self.status()["workers"] if w["id"] == worker)
 

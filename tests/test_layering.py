@@ -18,11 +18,21 @@ MAY_IMPORT = {
 KVSTORE_FOR_ROUTER = {"kvstore.hashing", "kvstore.layout", "kvstore.mirror", "kvstore.prefix_map"}
 # what decides, and nothing that acts: the simulator runs the same policies as the cluster
 PURE = {
-    "router": {"router.placement", "router.policies", "router.table", "router.admission", "router.fair_queue"},
+    "router": {
+        "router.placement",
+        "router.costs",
+        "router.policies",
+        "router.table",
+        "router.admission",
+        "router.fair_queue",
+    },
     "kvstore": {"kvstore.prefix_map", "kvstore.blocks", "kvstore.eviction", "kvstore.hashing"},
 }
 NO_TORCH = ("cluster", "router", "kvstore")
-RAY_FILES = {"deploy/actors.py", "deploy/front_door.py", "deploy/launch.py"}
+RAY_FILES = {
+    *("deploy/actors.py", "deploy/front_door.py", "deploy/launch.py"),
+    *("deploy/node_stores.py", "deploy/process.py", "deploy/workforce.py"),
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -116,8 +126,10 @@ def test_the_large_folders_have_a_map_of_all_their_files() -> None:
 
 
 WALL_CLOCK = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow"}
-# what people and other programs read, a worker's incarnation, and files' times, of which only the order is used
+# what people and other programs read, a worker's incarnation, files' times, of which only the order is used, and the
+# time of the day that schedules go by
 TELLS_THE_TIME = {
+    "cluster/controller.py",
     "router/app.py",
     "router/operations.py",
     "router/text.py",

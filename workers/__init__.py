@@ -1,10 +1,12 @@
 """One engine, which decides and computes, and the worker around it, which talks to everybody else.
 
-    decides              engine  scheduler  in_flight  sequence  step  fetching  sightings      synchronous; one thread
+    decides              engine  scheduler  in_flight  sequence  step                           synchronous; one thread
+                         fetching  offering  sightings
     computes             runner (the seam)  model_runner  model  batch  segments  cache  rope  sampling;  sim
     in shards            shard  links  process_links  exchange  vocabulary
                          lead  follower  step_plan  control  assembly
-    serves               worker  transfers  handoffs  tier_link  tier  offload  node_store  tasks  counters
+    serves               worker  registration  streams  cache_changes
+                         transfers  handoffs  tier_link  tier  offload  node_store  tasks  counters
     copies blocks        block_mover (the seam)  all_shards  shard_peers  shard_answers;  shard_blocks (the others' end)
     encodes KV           stored_blocks  quantization
     reads models         architecture  weights  slices  checkpoint  digest  model_cache  safetensors_writer

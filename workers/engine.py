@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 from dataclasses import replace
 
-from cluster.errors import DeadlineExceeded
+from cluster.errors import DeadlineExceeded, Moved, TandemError
 from cluster.messages import FinishReason, JobFailed, Load, Role, TokenOutput
 from cluster.perfmodel import PerfModel
 from kvstore.blocks import BlockPool
@@ -25,15 +25,12 @@ from kvstore.hashing import extend
 from kvstore.layout import Layout
 from workers.fetching import Choice, choose
 from workers.in_flight import InFlight
+from workers.offering import Offering
 from workers.runner import Chunk, Runner
 from workers.sampling import finish
 from workers.scheduler import Scheduler
 from workers.sequence import Sequence, State
-from workers.sightings import Sightings
 from workers.step import BlockFetch, Offload, Send, Step
-
-LOW = 8  # an eighth of the pool: with fewer expendable blocks than that, the oldest go to the store ahead of eviction
-COLD_BATCH = 16  # blocks on their way there at a time
 
 
 class Engine:
@@ -50,7 +47,8 @@ class Engine:
     ) -> None:
         self.runner = runner
         self._layouts = {True: runner.layout, False: stored or runner.layout}  # sequence is exact -> its stores'
-        self.pool = BlockPool(runner.num_blocks)
+        self._changes: list[tuple[bytes, bool]] = []  # what became of names that can be hit, since the last step
+        self.pool = BlockPool(runner.num_blocks, self._changes)
         self.block_size = runner.layout.tokens
         self.max_context = max_context
         # or one long sequence alone would preempt itself for ever
@@ -62,15 +60,14 @@ class Engine:
         self.sequences: dict[str, Sequence] = {}  # id -> every live sequence
         self.steps = self.prompt_tokens = self.cached_tokens = self.output_tokens = self.recomputed_tokens = 0
         self._arriving: dict[str, list[int]] = {}  # id -> blocks that a handoff or a fetch is writing into
-        self._sightings = Sightings()
-        self._cold = 0  # blocks on their way to the store ahead of their eviction
+        self._offering = Offering(self.pool, self.block_size)
+        self._moving: tuple[frozenset[int], float] | None = None  # blocks being written; when it ends at the latest
         self._step = Step()
 
     # ------------------------------------------------------------------------------------------------------ events
     def add(self, sequence: Sequence) -> None:
         extend(sequence.hashes, sequence.root, sequence.tokens, self.block_size)
-        if sequence.handoff is None and not sequence.transfer_id:
-            sequence.repeated = self._sightings.see(sequence.hashes[: sequence.prompt_length // self.block_size])
+        self._offering.see(sequence)
         self.sequences[sequence.id] = sequence
         self.scheduler.waiting.append(sequence)
 
@@ -119,18 +116,24 @@ class Engine:
 
     def offloaded(self, offloads: Several[Offload]) -> None:
         """These were written to the store, or could not be; a second attempt is not made."""
-        self.pool.free([offload.block for offload in offloads if not offload.cold])
-        cold = [offload.block for offload in offloads if offload.cold]
-        self.pool.free(cold, oldest=True)
-        self._cold -= len(cold)
+        self._offering.written(offloads)
 
     def store_is_new(self) -> None:
         """The store that this worker writes to has nothing of what was written before."""
         self.pool.reset_offers()
 
+    def migrate(self, until: float) -> None:
+        """Somebody else goes on with what is decoding: all that it has goes to the store, and when that is written, or
+        at `until`, every such sequence ends as Moved. Until then they go on."""
+        for sequence in self._decoding():
+            self._step.offloads.extend(self._offering.all_of(sequence))
+        self._moving = frozenset(self._offering.under_way), until
+
     # -------------------------------------------------------------------------------------------------------- step
-    def step(self, now: float) -> Step:
+    def step(self, now: float, names: bool = False) -> Step:
+        """`names`: with the name of everything that can be hit when it has ended."""
         self._expire(now)
+        self._move(now)
         schedule = self.scheduler.schedule(len(self._in_flight))
         self._step.lookups.extend(schedule.preempted)
         self._step.receives.extend(self._arrive(sequence) for sequence in schedule.receive)
@@ -140,15 +143,17 @@ class Engine:
             self._in_flight.submit(schedule.chunks)
         due = self._in_flight.full or not schedule.chunks
         ended = self._collect() if due and self._in_flight else []
-        self._offload_oldest()
+        self._step.offloads.extend(self._offering.oldest())
+        self._step.cache.extend(self._changes)
+        self._changes.clear()
         done, self._step = self._step, Step()
-        return replace(done, computed=sum(chunk.take for chunk in schedule.chunks or ended))
+        computed = sum(chunk.take for chunk in schedule.chunks or ended)
+        return replace(done, computed=computed, names=self.pool.names() if names else None)
 
     def _collect(self) -> list[Chunk]:
         ended = self._in_flight.collect()
         work = [(chunk.take, chunk.first) for chunk in ended.chunks]
-        if any(take > 1 for take, _ in work):
-            self.model.observe_step(work, 1000 * ended.seconds)
+        self.model.observe_step(work, 1000 * ended.seconds)
         for chunk, token in zip(ended.chunks, ended.tokens, strict=True):
             if self.scheduler.collected(chunk):
                 self._commit(chunk, token)
@@ -195,6 +200,7 @@ class Engine:
             handoff_seconds_total=0.0,
             handoff_failures_total=0,
             recomputed_tokens_total=self.recomputed_tokens,
+            context_tokens=sum(q.computed for q in s.running),
         )
 
     # ------------------------------------------------------------------------------------------------------ commit
@@ -202,7 +208,7 @@ class Engine:
         sequence = chunk.sequence
         self.prompt_tokens += max(0, min(chunk.take, sequence.prompt_length - chunk.first))
         self._register(sequence)
-        self._offload(sequence)
+        self._step.offloads.extend(self._offering.computed(sequence))
         if token is not None:
             self._append(sequence, token)
         elif sequence.transfer_id:
@@ -239,31 +245,6 @@ class Engine:
         if stored:
             self.pool.offer(sequence.block_table[first:full])
 
-    def _offload(self, sequence: Sequence) -> None:
-        """Leading blocks of a prompt that was asked for before go to the store, and all of them as soon as decode has
-        filled one: the next turn of a conversation will ask for it, and it is worth nothing without those before it."""
-        handed_off = bool(sequence.transfer_id)
-        if handed_off and sequence.exact:
-            return  # all of them go with the handoff; an approximate one's are for its reader only
-        decoded = sequence.registered * self.block_size > sequence.prompt_length
-        upto = sequence.registered if decoded or handed_off else min(sequence.registered, sequence.repeated)
-        # by hash: when the sequence computed a block that was there already, the other one is that which has the name
-        blocks = [self.pool.find(name) for name in sequence.hashes[sequence.offered : upto]]
-        self._write([block for block in blocks if block is not None], cold=False)
-        sequence.offered = max(sequence.offered, upto)
-
-    def _offload_oldest(self) -> None:
-        """What will be evicted next goes to the store first, a little at a time."""
-        if self._cold == 0 and self.pool.expendable_count < self.pool.total // LOW:
-            count = max(1, min(COLD_BATCH, self.pool.total // (4 * LOW)))
-            self._write(self.pool.oldest_unoffered(count), cold=True)
-
-    def _write(self, block_ids: list[int], cold: bool) -> None:
-        offloads = [Offload(block, name, cold) for block, name in self.pool.offer(block_ids)]
-        self.pool.retain([offload.block for offload in offloads])
-        self._step.offloads.extend(offloads)
-        self._cold += len(offloads) if cold else 0
-
     def _send(self, sequence: Sequence, first_token: int | None) -> None:
         """Announce the blocks whose KV is complete since the last time; the partial one with the first token."""
         full = sequence.computed // self.block_size
@@ -279,9 +260,28 @@ class Engine:
     # --------------------------------------------------------------------------------------------------------- end
     def _expire(self, now: float) -> None:
         for sequence in [s for s in self.sequences.values() if s.deadline <= now]:
-            error = DeadlineExceeded(f"not finished in time: {sequence.new_tokens} tokens were generated")
-            self._step.outputs.append((sequence.router_id, JobFailed(sequence.id, error.code, error.message)))
-            self._drop(sequence)
+            self._fail(sequence, DeadlineExceeded(f"not finished in time: {sequence.new_tokens} tokens were generated"))
+
+    def _move(self, now: float) -> None:
+        """Go on with giving sequences up."""
+        if self._moving is None:
+            return
+        blocks, until = self._moving
+        if now < until and not blocks.isdisjoint(self._offering.under_way):
+            return
+        self._moving = None
+        for sequence in self._decoding():
+            self._step.offloads.extend(self._offering.all_of(sequence))
+            self._fail(sequence, Moved("this worker gave the request up; go on with it on another one"))
+
+    def _decoding(self) -> list[Sequence]:
+        """Those that are past their prompt, or are about to be, and no prefill for somebody else."""
+        live = self.sequences.values()
+        return [s for s in live if not s.transfer_id and (s.new_tokens or s.state is State.RUNNING)]
+
+    def _fail(self, sequence: Sequence, error: TandemError) -> None:
+        self._step.outputs.append((sequence.router_id, JobFailed(sequence.id, error.code, error.message)))
+        self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         """End a sequence before its time, its transfer with it."""

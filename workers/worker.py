@@ -4,8 +4,9 @@
                             ▲                                               │ routers, blocks to and from stores
                             └── sent / received / fetched / ... ◄── tasks ◄─┘
 
-One way round, no callbacks into the engine. A router's output stream is its lease on its jobs: when it breaks, they
-are aborted. An engine that raises is a bug: the process ends, Ray starts a new one and routers re-place the requests.
+One way round, no callbacks into the engine. A router's output stream (`streams.py`) is its lease on its jobs: when it
+breaks, they are aborted. An engine that raises is a bug: the process ends, Ray starts a new one and routers re-place
+the requests. A worker that drains finishes what it has, unless it is told to give that up as well.
 """
 
 from __future__ import annotations
@@ -17,45 +18,43 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from cluster.config import Config
 from cluster.errors import InvalidRequest, Overloaded, TandemError, Unavailable
 from cluster.identity import Identity
-from cluster.membership import Membership
 from cluster.messages import (
     Abort,
     Accepted,
     Ack,
     DecodeJob,
+    Drain,
     Handoff,
-    JobFailed,
-    Load,
-    Outputs,
+    Migrate,
     PrefillJob,
+    Rates,
     Refused,
     Role,
     SetRole,
-    StepOutput,
     Submit,
-    TokenOutput,
     WorkerInfo,
 )
 from cluster.rpc import Server
 from kvstore.hashing import ModelKey, extend
+from workers.cache_changes import PAGE
 from workers.engine import Engine
+from workers.registration import Registration
 from workers.runner import Runner
 from workers.sequence import Sequence
-from workers.step import Step
 from workers.stored_blocks import StoredBlocks
+from workers.streams import RATES_S, Streams
 from workers.transfers import Transfers
 
-HEARTBEAT_S = 1.0  # an idle output stream says so this often
-REGISTER_S = 2.0  # membership expires after five missed registrations
 IDLE_S = 0.2  # an idle engine looks at deadlines this often
+MOVE_S = 2.0  # how long requests that are given up go on here at most, until the store has their blocks
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +72,8 @@ class WorkerSettings:
 
 class Worker:
     """`approximate`: how blocks are in the stores of approximate KV; None where there are none, and all KV is exact.
-    `shard_pids`: the processes of all its ranks, where there are others than this one."""
+    `shard_pids`: the processes of all its ranks, where there are others than this one.
+    `began`: when this process did, on its monotonic clock; how long starting takes is counted from there."""
 
     def __init__(
         self,
@@ -81,8 +81,10 @@ class Worker:
         settings: WorkerSettings,
         approximate: StoredBlocks | None = None,
         shard_pids: tuple[int, ...] = (),
+        began: float | None = None,
     ) -> None:
         config = settings.config
+        self._began = time.monotonic() if began is None else began
         self._settings = settings
         self._grid, self._shard_pids = (runner.shard.tp, runner.shard.pp), shard_pids or (os.getpid(),)
         self._keys = {True: settings.key, False: settings.key.approximate}  # sequence is exact -> root of its names
@@ -97,26 +99,36 @@ class Worker:
         )
         self._vocab_size = runner.vocab_size
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._routers: dict[str, tuple[str, asyncio.Queue[StepOutput]]] = {}  # router id -> (stream key, frames)
-        self._streams = 0
+        self._names_wanted = False
         self._accepting: set[str] = set()  # ids being accepted; an abort that overtakes the acceptance removes them
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._membership = Membership(settings.identity.redis_url)
         self._transfers = Transfers(settings.id, self._engine, settings.identity, config, self._post, approximate)
-        self._load = self._engine.load(self._role)
+        self._streams = Streams(
+            self._engine.load(self._role),
+            max(PAGE, 2 * runner.num_blocks),
+            partial(self._post, self._want_names),
+            lambda key: self._post(partial(self._abort_stream, key)),
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._server = Server(
             settings.identity.secret,
-            {"Submit": self._submit, "Abort": self._abort, "SetRole": self._set_role},
-            {"Outputs": self._outputs},
+            {
+                "Submit": self._submit,
+                "Abort": self._abort,
+                "SetRole": self._set_role,
+                "Drain": self._drain,
+                "Migrate": self._migrate,
+            },
+            {"Outputs": self._streams.outputs},
         )
 
     async def start(self) -> WorkerInfo:
         """Serve and register. Returns how others reach this worker."""
         self._loop = asyncio.get_running_loop()
         address = await self._server.start(self._settings.identity.host)
-        self._info = WorkerInfo(
+        self._started_s = time.monotonic() - self._began
+        info = WorkerInfo(
             id=self._settings.id,
             address=address,
             node=socket.gethostname(),
@@ -129,13 +141,17 @@ class Worker:
             tp=self._grid[0],
             pp=self._grid[1],
             shard_pids=self._shard_pids,
+            block_bytes=self._engine.runner.layout.block_bytes,
+            started_s=self._started_s,
         )
+        self._registration = Registration(self._settings.identity.redis_url, info)
+        self._streams.rates = self._rates()
         self._thread.start()
-        work = [self._register(), *self._transfers.work(self._info.node)]
+        work = [self._registration.run(), *self._transfers.work(info.node)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
         for task in self._tasks:
             task.add_done_callback(_must_not_fail)
-        return self._info
+        return info
 
     async def stop(self) -> None:
         """Stop serving; whoever still waits for tokens sees the stream end."""
@@ -147,11 +163,7 @@ class Worker:
         self._post(lambda: None)
         await asyncio.to_thread(self._thread.join, 10.0)
         await self._transfers.close()
-        try:
-            await self._membership.unregister(self._info)
-        except Unavailable:
-            log.info("Redis is gone; the registration will expire by itself")
-        await self._membership.close()
+        await self._registration.close()
 
     # ---------------------------------------------------------------------------------------------- engine thread
     def _post(self, event: Callable[[], None]) -> None:
@@ -159,13 +171,18 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            computed = 0
+            computed, rates_at = 0, time.monotonic()
             while not self._stopping.is_set():
                 self._apply(wait=computed == 0)
-                step = self._engine.step(time.monotonic())
+                now = time.monotonic()
+                names, self._names_wanted = self._names_wanted, False
+                step = self._engine.step(now, names)
                 computed = step.computed
                 load = self._transfers.counters.fill(self._engine.load(self._role))
-                self._loop.call_soon_threadsafe(self._act, step, load)
+                rates = self._rates() if now - rates_at >= RATES_S else None
+                rates_at = now if rates else rates_at
+                self._loop.call_soon_threadsafe(self._streams.act, step, load, rates)
+                self._loop.call_soon_threadsafe(self._transfers.act, step)
         except Exception:  # the actor's outermost loop: crash, be restarted
             log.exception("the engine failed; this worker ends and its requests go elsewhere")
             os._exit(70)
@@ -179,16 +196,14 @@ class Worker:
         except queue.Empty:
             return
 
-    # -------------------------------------------------------------------------------------------------- event loop
-    def _act(self, step: Step, load: Load) -> None:
-        self._load = load
-        frames: dict[str, list[TokenOutput | JobFailed]] = {}
-        for key, output in step.outputs:
-            frames.setdefault(key, []).append(output)
-        for key, frame_queue in self._routers.values():
-            if outputs := frames.get(key):
-                frame_queue.put_nowait(StepOutput(tuple(outputs), load))
-        self._transfers.act(step)
+    def _want_names(self) -> None:
+        self._names_wanted = True
+
+    def _abort_stream(self, key: str) -> None:
+        self._engine.abort([s.id for s in self._engine.sequences.values() if s.router_id == key])
+
+    def _rates(self) -> Rates:
+        return replace(self._engine.model.rates(), start_s=self._started_s)
 
     # -------------------------------------------------------------------------------------------------------- calls
     async def _submit(self, message: Submit, _: Any) -> Accepted | Refused:
@@ -198,15 +213,18 @@ class Worker:
             return Refused(error.code, error.message, int(1000 * (error.retry_after_s or 0)))
 
     async def _accept(self, message: Submit) -> Handoff | None:
-        if message.router_id not in self._routers:
+        if self._registration.withdrawn:
+            raise Unavailable("this worker is about to leave; ask another one")
+        key, waiting = self._streams.key(message.router_id), self._streams.load.waiting
+        if key is None:
             raise Unavailable("open the output stream before submitting")
-        if self._load.waiting >= self._settings.config.max_queue:
-            raise Overloaded(f"{self._load.waiting} requests are waiting for this worker", retry_after_s=1.0)
+        if waiting >= self._settings.config.max_queue:
+            raise Overloaded(f"{waiting} requests are waiting for this worker", retry_after_s=1.0)
         generation = message.job.generation
         exact = generation.exact or self._all_exact
         sequence = Sequence(
             generation,
-            router_id=self._routers[message.router_id][0],
+            router_id=key,
             root=self._keys[exact].root(generation.salt),
             deadline=time.monotonic() + generation.deadline_ms / 1000,
             exact=exact,
@@ -234,8 +252,7 @@ class Worker:
         self._accepting.add(sequence.id)
         try:
             handoff = await self._transfers.handoffs.reserve(sequence)
-            connected = sequence.router_id in (key for key, _ in self._routers.values())
-            still_wanted = connected and sequence.id in self._accepting
+            still_wanted = self._streams.connected(sequence.router_id) and sequence.id in self._accepting
         finally:
             self._accepting.discard(sequence.id)
         if not still_wanted:
@@ -251,39 +268,17 @@ class Worker:
 
     async def _set_role(self, message: SetRole, _: Any) -> Ack:
         self._role = message.role
+        self._registration.set_role(message.role)
+        self._post(lambda: None)  # an idle engine says so too
         return Ack()
 
-    async def _outputs(self, message: Outputs, context: Any) -> AsyncIterator[StepOutput]:
-        self._streams += 1
-        key = f"{message.router_id}#{self._streams}"
-        frames: asyncio.Queue[StepOutput] = asyncio.Queue()
-        self._routers[message.router_id] = (key, frames)
-        # not `finally`: it would not run before garbage collection when the stream breaks while a frame is sent
-        context.add_done_callback(lambda _: self._router_left(message.router_id, key))
-        frame = StepOutput((), self._load)  # at once: a router counts a worker as connected from its first frame
-        while True:
-            yield frame
-            try:
-                frame = await asyncio.wait_for(frames.get(), HEARTBEAT_S)
-            except TimeoutError:
-                frame = StepOutput((), self._load)
+    async def _drain(self, _: Drain, __: Any) -> Ack:
+        self._registration.withdraw()
+        return Ack()
 
-    def _router_left(self, router_id: str, key: str) -> None:
-        if self._routers.get(router_id, ("",))[0] == key:
-            del self._routers[router_id]
-        self._post(partial(self._abort_stream, key))
-
-    def _abort_stream(self, key: str) -> None:
-        self._engine.abort([s.id for s in self._engine.sequences.values() if s.router_id == key])
-
-    # --------------------------------------------------------------------------------------------------- membership
-    async def _register(self) -> None:
-        while True:
-            try:
-                await self._membership.register(self._info)
-            except Unavailable as error:
-                log.warning("not registered, serving on: %s", error.message)
-            await asyncio.sleep(REGISTER_S)
+    async def _migrate(self, _: Migrate, __: Any) -> Ack:
+        self._post(partial(self._engine.migrate, time.monotonic() + MOVE_S))
+        return Ack()
 
 
 def _must_not_fail(task: asyncio.Task[None]) -> None:

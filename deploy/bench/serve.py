@@ -80,6 +80,10 @@ class Server:
         self.stop()
         raise StartupError(f"tandem serve did not start: {''.join(lines[-3:])}")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def stop(self) -> None:
         self._process.send_signal(signal.SIGINT)
         try:

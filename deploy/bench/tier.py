@@ -34,7 +34,8 @@ POLL_S = 0.05
 
 def measure(model: Path, config: Config) -> list[Figure]:
     vocab_size = load_architecture(model).vocab_size
-    server = Server(model, config.dtype, "--prefill", "2")
+    # the default would have the decode worker, which has all of it, compute the prompt's end
+    server = Server(model, config.dtype, "--prefill", "2", "--placement", "least_loaded")
     cold, fetched, ratios = [], [], []
     try:
         stream(server.url, _prompt(vocab_size), 2)  # warms up

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.perfmodel import FETCH_PRIOR, PerfModel
+from cluster.perfmodel import PATHS, PRIOR, PerfModel, decode_ms, fetch_ms, prefill_ms
 
 STEP = 512
 
@@ -79,9 +79,9 @@ def test_a_path_that_is_never_taken_is_given_another_chance() -> None:
     for _ in range(50):
         model.observe_fetch(1_000_000, "memory", 1000.0)
     before = model.fetch_ms(1_000_000, "memory")
-    for _ in range(500):
+    for _ in range(700):
         model.passed_over("memory")
-    prior = FETCH_PRIOR["memory"]
+    prior = PRIOR.memory
     assert before > 500
     assert model.fetch_ms(1_000_000, "memory") == pytest.approx(prior[0] + prior[1] * 1_000_000, rel=0.1)
 
@@ -92,6 +92,74 @@ def test_decodes_that_run_along_are_not_taken_for_the_prefill() -> None:
         model.observe_step([(256, 0)], 100.0)
         model.observe_step([(256, 0), *[(1, 500)] * 32], 112.5)
     assert model.prefill_ms(256, 0) == pytest.approx(100.0, rel=0.1)
+
+
+def decode(batch: int, kv_tokens: int) -> float:
+    """The same machine: ms of a step of decodes."""
+    return 30 + 0.5 * batch + 4e-4 * kv_tokens
+
+
+def served(noise: float, stall_every: int = 0, steps: int = 2000) -> PerfModel:
+    """A worker whose every fifth step has a chunk of a prompt beside its decodes."""
+    rng = random.Random(1)
+    model = PerfModel(STEP)
+    for number in range(steps):
+        decodes = [(1, rng.randrange(100, 4000)) for _ in range(rng.randrange(1, 48))]
+        kv_tokens = sum(context for _, context in decodes)
+        factor = 50.0 if stall_every and number % stall_every == 0 else rng.gauss(1, noise)
+        if number % 5:
+            model.observe_step(decodes, decode(len(decodes), kv_tokens) * factor)
+        else:
+            take, context = rng.choice([40, 200, STEP - len(decodes)]), rng.choice([0, STEP, 2000])
+            along = decode(len(decodes), kv_tokens) - decode(0, 0)
+            model.observe_step([*decodes, (take, context)], (prefill(take, context) + along) * factor)
+    return model
+
+
+@pytest.mark.parametrize("stall_every", [0, 25])
+def test_prefill_and_decode_are_told_apart_in_steps_of_both(stall_every: int) -> None:
+    rates = served(0.05, stall_every).rates()
+    for tokens, context in [(40, 0), (200, 1000), (STEP, 0), (STEP, 2000)]:
+        assert prefill_ms(rates, tokens, context) == pytest.approx(prefill(tokens, context), rel=0.08)
+    for batch, context in [(1, 500), (8, 2000), (40, 2000)]:
+        assert decode_ms(rates, batch, batch * context) == pytest.approx(decode(batch, batch * context), rel=0.08)
+
+
+def test_the_errors_it_states_are_those_of_its_predictions() -> None:
+    """The mean of a normal variable's absolute value is 0.8 times its deviation."""
+    rates = served(0.05).rates()
+    assert rates.decode_error == pytest.approx(0.04, rel=0.4)
+    assert 0.04 < rates.prefill_error < 0.08
+    assert rates.fetch_error == 0.0
+
+
+def test_what_only_one_kind_of_step_says_stays_in_the_proportions_of_the_prior() -> None:
+    """One conversation for an hour: its steps are predicted, and no coefficient wanders off."""
+    rng = random.Random(0)
+    model = PerfModel(STEP)
+    for _ in range(20_000):
+        model.observe_step([(1, 500)], 3 * decode_ms(PRIOR, 1, 500) * rng.gauss(1, 0.05))
+    rates = model.rates()
+    assert rates.decode == pytest.approx([3 * value for value in PRIOR.decode], rel=0.05)
+    assert rates.prefill == PRIOR.prefill
+
+
+def test_a_machine_that_has_become_slower_is_believed_soon() -> None:
+    model = trained()
+    for _ in range(100):
+        model.observe_step([(STEP, 0)], 4 * prefill(STEP, 0))
+    assert model.prefill_ms(STEP, 0) == pytest.approx(4 * prefill(STEP, 0), rel=0.3)
+
+
+def test_the_functions_say_what_the_model_says() -> None:
+    model = trained()
+    model.observe_fetch(10_000_000, "disk", 80.0)
+    rates = model.rates()
+    assert prefill_ms(rates, 3 * STEP + 7, 90) == pytest.approx(model.prefill_ms(3 * STEP + 7, 90))
+    for path in PATHS:
+        assert fetch_ms(rates, 5_000_000, path) == pytest.approx(model.fetch_ms(5_000_000, path))
+    assert rates.fetch_error > 0.5
+    assert decode_ms(rates, 0, 0) == fetch_ms(rates, 0, "disk") == prefill_ms(rates, 0, 10) == 0.0
 
 
 def test_nothing_takes_no_time() -> None:

@@ -21,10 +21,11 @@ from cluster.redis import Link
 from kvstore import mirror as mirror_module
 from kvstore.index import Index, IndexWriter, Standing
 from kvstore.mirror import Mirror
+from kvstore.prefix_map import PrefixMap
 from kvstore.redis_server import EmbeddedRedis, ping
 from kvstore.slabs import Change
 from tests.cluster.tls import certificate, tls_proxy
-from tests.kvstore.rig import until
+from tests.kvstore.rig import prefixes, until
 
 PASSWORD = "s3cr:t/with@odd?characters"
 CHAIN = [hashlib.sha256(b"%d" % i).digest() for i in range(300)]
@@ -68,7 +69,8 @@ async def use_everything(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "BLOCK_MS", 20)
     monkeypatch.setattr("kvstore.index.LOOKUP_S", 5.0)
     await asyncio.to_thread(ping, url, 5.0)
-    membership, index, mirror = Membership(url), Index(url, "ns"), Mirror(url, "ns")
+    prefix_map = PrefixMap()
+    membership, index, mirror = Membership(url), Index(url, "ns"), Mirror(url, "ns", prefix_map)
     writer, other = IndexWriter(url, "ns", "a", 7, "127.0.0.1:2"), IndexWriter(url, "ns", "b", 8, "127.0.0.1:3")
     await membership.register(STORE)
     assert await membership.members("ns") == ([], [STORE])
@@ -79,11 +81,11 @@ async def use_everything(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert await writer.publish([Change(name, 1, True) for name in part])
     assert (await writer.heartbeat())[0] is Standing.CURRENT
     assert len(await index.lookup(CHAIN)) == len(CHAIN)
-    await until(lambda: mirror.prefix(CHAIN) == {"a": len(CHAIN)}, "the mirror follows")
+    await until(lambda: prefixes(mirror, prefix_map, CHAIN) == {"a": len(CHAIN)}, "the mirror follows")
     assert await writer.unpublish(CHAIN[-1:]) == 1
     await other.claim()
     await other.reap("a")  # it lives: nothing goes
-    await until(lambda: mirror.prefix(CHAIN) == {"a": len(CHAIN) - 1}, "the mirror follows")
+    await until(lambda: prefixes(mirror, prefix_map, CHAIN) == {"a": len(CHAIN) - 1}, "the mirror follows")
     await writer.leave()
     await membership.unregister(STORE)
     assert await membership.members("ns") == ([], [])

@@ -24,6 +24,7 @@ def aggregated(smollm2: Path) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def small(tiny: Path) -> Iterator[Served]:
-    """The tests' own tiny model in fp32, 1+1; for tests that break things."""
-    with serving(str(tiny), "--dtype", "float32") as served:
+    """The tests' own tiny model in fp32, 1+1; for tests that break things. A step of it costs next to nothing, so the
+    default placement would hand nothing over."""
+    with serving(str(tiny), "--dtype", "float32", "--placement", "least_loaded") as served:
         yield served

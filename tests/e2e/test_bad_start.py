@@ -35,6 +35,15 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
+def test_an_autoscaling_policy_that_is_not_there(tiny: Path) -> None:
+    assert "unknown policy 'slow'" in fails(str(tiny), "--port", "0", "--autoscaling", "slow")
+    assert "cannot import no.such:policy" in fails(str(tiny), "--port", "0", "--autoscaling", "no.such:policy")
+
+
+def test_room_to_scale_that_the_first_workers_do_not_fit(tiny: Path) -> None:
+    assert "not MIN..MAX around the 2 shards" in fails(str(tiny), "--port", "0", "--scale", "3..4")
+
+
 def test_a_model_that_is_not_there() -> None:
     assert "/no/such/model" in fails("/no/such/model", "--port", "0")
 

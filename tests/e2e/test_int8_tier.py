@@ -34,7 +34,9 @@ def connected(served: Served, worker: str) -> bool:
 def test_int8_blocks_outlive_their_worker_and_exact_requests_do_not_see_them(tiny: Path, tmp_path: Path) -> None:
     right = greedy(tiny, tuple(PROMPT), 16)
     int8 = {"TANDEM_KV_QUANTIZATION": "int8", "TANDEM_DISK": str(tmp_path), "TANDEM_DISK_MEMORY": str(64 * 2**20)}
-    with serving(str(tiny), "--dtype", "float32", "--prefill", "2", **int8) as served:
+    # the default would have the decode worker, which has all of it, compute the prompt's end
+    flags = ("--dtype", "float32", "--prefill", "2", "--placement", "least_loaded")
+    with serving(str(tiny), *flags, **int8) as served:
         first = served.complete(PROMPT, 16, ignore_eos=True)
         assert (first.tokens, cached(first.usage)) == (right, 0)  # handoffs are exact
         wait_until(lambda: kept(served, "tier-") >= FULL, 20, lambda: str(served.status()))

@@ -59,7 +59,7 @@ def test_it_joins_the_cluster_that_ray_address_names(cluster: tuple[str, str], t
     wait_until(lambda: not [p for p in marked(mark) if called(p, "Actor")], 30)
     assert any(called(p, "raylet") for p in marked(mark))
     groups = run([sys.executable, "-c", GROUPS], joining)
-    assert groups.stdout.split() == ["REMOVED"], groups.stderr
+    assert groups.stdout.split() == ["REMOVED", "REMOVED"], groups.stderr
     refused = run(command("serve", str(tiny), "--decode-tp", "4"), {**joining, "TANDEM_THREADS": "2"})
     assert refused.returncode == 1
     assert "need 8 CPUs on one node (--decode-tp 4 x 2 threads) and the largest has 4" in refused.stderr

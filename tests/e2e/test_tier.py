@@ -39,7 +39,9 @@ def prompt_of(length: int, seed: int, low: int = 1000, high: int = 40_000) -> li
 @pytest.mark.timeout(300)
 def test_a_killed_workers_blocks_are_used_by_another(smollm2: Path) -> None:
     prompt = prompt_of(2007, seed=1)
-    with serving(str(smollm2), "--dtype", "float32", "--prefill", "2") as served:
+    # the default would have the decode worker, which has all of it, compute the prompt's end
+    flags = ("--dtype", "float32", "--prefill", "2", "--placement", "least_loaded")
+    with serving(str(smollm2), *flags) as served:
         before = computed(served)
         first = served.complete(prompt, 16, ignore_eos=True)
         assert cached(first.usage) == 0

@@ -23,7 +23,9 @@ from kvstore.connections import Connections
 from kvstore.copying import checksums
 from kvstore.hashing import ModelKey, block_keys, extend
 from kvstore.layout import Layout
+from kvstore.mirror import Mirror
 from kvstore.part import Part
+from kvstore.prefix_map import PrefixMap
 from kvstore.reader import HandoffReader
 from kvstore.server import StoreServer
 from kvstore.slab_writer import SlabWriter
@@ -251,3 +253,9 @@ async def fetched(address: str, hashes: Sequence[bytes], chain: int, layout: Lay
     finally:
         await client.close()
     raise AssertionError("the stream ended without a word")
+
+
+def prefixes(mirror: Mirror, prefix_map: PrefixMap, hashes: list[bytes]) -> dict[str, int]:
+    """store -> how many leading blocks of the chain it has, as a router would see it."""
+    depths = prefix_map.lookup(hashes)
+    return {store: int(depths[owner]) for store, owner in mirror.stores() if depths[owner]}

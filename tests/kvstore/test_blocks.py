@@ -21,7 +21,9 @@ class PoolAgainstModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.total = 8
-        self.pool = BlockPool(self.total)
+        self.changes: list[tuple[bytes, bool]] = []
+        self.pool = BlockPool(self.total, self.changes)
+        self.told: set[bytes] = set()  # what can be hit, from the changes alone
         self.references = dict.fromkeys(range(self.total), 0)
         self.names: dict[int, bytes] = {}  # block -> hash
         self.lru: list[int] = []  # unreferenced blocks with a hash, oldest first
@@ -126,6 +128,11 @@ class PoolAgainstModel(RuleBasedStateMachine):
         only_copies = [block for block in self.lru if block not in self.offered]
         assert self.pool.expendable_count == self.pool.free_count - len(only_copies)
         assert self.pool.oldest_unoffered(self.total) == only_copies
+        for what, hit in self.changes:
+            assert (what in self.told) is not hit, "only what changed is told"
+            self.told ^= {what}
+        self.changes.clear()
+        assert self.told == set(self.names.values()) == set(self.pool.names())
 
 
 TestPoolAgainstModel = PoolAgainstModel.TestCase

@@ -20,6 +20,7 @@ from kvstore import mirror as mirror_module
 from kvstore import publisher as publisher_module
 from kvstore.index import Index
 from kvstore.mirror import Mirror
+from kvstore.prefix_map import PrefixMap
 from kvstore.publisher import Publisher
 from kvstore.redis_server import EmbeddedRedis
 from tests.kvstore.rig import fetched, keep, store, store_process, until
@@ -38,7 +39,8 @@ class Eyes:
 
     def __init__(self, url: str) -> None:
         self.index = Index(url, "ns")
-        self.mirror = Mirror(url, "ns")
+        self.map = PrefixMap()
+        self.mirror = Mirror(url, "ns", self.map)
 
     async def lookup(self, hashes: list[bytes]) -> int:
         self.index._closed_until = 0.0
@@ -51,7 +53,7 @@ class Eyes:
         await until(seen, f"a lookup finds {count}")
 
     async def mirrored(self, hashes: list[bytes], count: int) -> None:
-        await until(lambda: max(self.mirror.prefix(hashes).values(), default=0) == count, f"the mirror has {count}")
+        await until(lambda: max(self.map.lookup(hashes), default=0) == count, f"the mirror has {count}")
 
     async def close(self) -> None:
         await self.index.close()

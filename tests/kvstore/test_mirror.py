@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kvstore import index as index_module
 from kvstore import mirror as mirror_module
 from kvstore.index import BATCH, IndexWriter, Standing
-from kvstore.mirror import Mirror, PrefixMap
+from kvstore.mirror import Mirror
+from kvstore.prefix_map import PrefixMap
 from kvstore.redis_server import EmbeddedRedis
 from kvstore.slabs import Change
-from tests.kvstore.rig import until
+from tests.kvstore.rig import prefixes, until
 
 CHAIN = [hashlib.sha256(b"%d" % i).digest() for i in range(2_000)]
 Truth = dict[bytes, tuple[str, ...]]
@@ -46,7 +45,9 @@ class Rig:
         self.url = url
         self.client: Any = redis.Redis.from_url(url)
         self.client.flushall()
-        self.mirror = Mirror(url, "ns")
+        self.map = PrefixMap()
+        self.worker = self.map.join()  # somebody else who feeds the same map
+        self.mirror = Mirror(url, "ns", self.map)
         self.stores: dict[str, IndexWriter] = {}
         self.published: dict[str, set[bytes]] = {}  # store -> what it would say that it has
         self._epochs = iter(range(1, 10_000))
@@ -89,10 +90,13 @@ class Rig:
         await until(
             lambda: (
                 {h: o for h in known if (o := self.mirror.owners(h))} == truth
-                and self.mirror.stat().blocks == len(truth)
+                and self.mirror.stat().blocks == sum(map(len, truth.values()))
             ),
             "the mirror equals the index",
         )
+
+    def prefix(self, hashes: list[bytes]) -> dict[str, int]:
+        return prefixes(self.mirror, self.map, hashes)
 
     async def snapshots(self, count: int) -> None:
         await until(lambda: self.mirror.stat().snapshots_total >= count, f"snapshot {count}")
@@ -116,51 +120,6 @@ def run(url: str, test: Callable[[Rig], Awaitable[None]]) -> None:
     asyncio.run(body())
 
 
-# -------------------------------------------------------------------------------------------------------- the pure map
-STORES = st.sampled_from(["a", "b", "c"])
-HASHES = st.lists(st.sampled_from(CHAIN[:8]), max_size=8)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.booleans(), HASHES, STORES), max_size=40))
-def test_the_map_is_what_was_put_and_not_deleted(steps: list[tuple[bool, list[bytes], str]]) -> None:
-    blocks, model = PrefixMap(), set[tuple[bytes, str]]()
-    for put, hashes, store in steps:
-        (blocks.put if put else blocks.delete)(hashes, store)
-        changed = {(name, store) for name in hashes}
-        model = model | changed if put else model - changed
-    assert {(name, owner) for name in CHAIN[:8] for owner in blocks.owners(name)} == model
-    assert len(blocks) == len({name for name, _ in model})
-    expected = {}
-    for store in ("a", "b", "c"):
-        depth = next((i for i, name in enumerate(CHAIN[:8]) if (name, store) not in model), 8)
-        expected |= {store: depth} if depth else {}
-    assert blocks.prefix(CHAIN[:8]) == expected
-
-
-def test_the_map_forgets_the_least_recently_used_and_children_before_parents() -> None:
-    blocks = PrefixMap(capacity=4)
-    blocks.put(CHAIN[:4], "a")
-    assert blocks.prefix(CHAIN[:2]) == {"a": 2}
-    blocks.put(CHAIN[10:12], "b")
-    assert [bool(blocks.owners(name)) for name in CHAIN[:4]] == [True, True, False, False]
-    blocks.put(CHAIN[12:13], "b")
-    assert [bool(blocks.owners(name)) for name in CHAIN[:2]] == [True, False]
-    assert len(blocks) == 4
-
-
-def test_a_long_prefix_of_several_stores() -> None:
-    blocks = PrefixMap()
-    blocks.put(CHAIN, "a")
-    blocks.put(CHAIN[:1500], "b")
-    blocks.put(CHAIN[:700] + CHAIN[701:], "c")
-    blocks.put(CHAIN[1:], "d")
-    assert blocks.prefix(CHAIN) == {"a": 2000, "b": 1500, "c": 700}
-    assert blocks.prefix(CHAIN[1:]) == {"a": 1999, "b": 1499, "c": 699, "d": 1999}
-    assert blocks.prefix([]) == {}
-    assert blocks.prefix([b"?" * 32, *CHAIN]) == {}
-
-
 # ----------------------------------------------------------------------------------------------------------- following
 def test_snapshot_then_events(server: EmbeddedRedis) -> None:
     async def body(rig: Rig) -> None:
@@ -169,15 +128,59 @@ def test_snapshot_then_events(server: EmbeddedRedis) -> None:
         await rig.mirror.start()
         await rig.snapshots(1)
         await rig.level()
-        assert rig.mirror.prefix(CHAIN) == {"a": 2000}
+        assert rig.prefix(CHAIN) == {"a": 2000}
         await rig.store("b")
         await rig.publish("b", CHAIN[:10])
         await rig.unpublish("a", CHAIN[5:6])
         await rig.level()
-        assert rig.mirror.prefix(CHAIN) == {"a": 5, "b": 10}
+        assert rig.prefix(CHAIN) == {"a": 5, "b": 10}
         stat = rig.mirror.stat()
         assert (stat.snapshots_total, stat.gaps_total, stat.events_total) == (1, 0, 2)
         await until(lambda: rig.mirror.stat().behind_s < 0.5, "it knows that it has seen everything")
+
+    run(server.url, body)
+
+
+def test_a_store_is_an_owner_for_as_long_as_it_has_blocks(server: EmbeddedRedis) -> None:
+    async def body(rig: Rig) -> None:
+        await rig.mirror.start()
+        await rig.snapshots(1)
+        await rig.store("a")
+        assert rig.mirror.stores() == ()
+        await rig.publish("a", CHAIN[:3])
+        await rig.level()
+        owner = rig.mirror.store_owner("a")
+        assert owner is not None
+        assert rig.mirror.stores() == (("a", owner),)
+        assert rig.map.owners(CHAIN[2]) == (owner,)
+        await rig.unpublish("a", CHAIN[:3])
+        await rig.level()
+        assert rig.mirror.store_owner("a") is None
+        assert rig.mirror.stores() == ()
+
+    run(server.url, body)
+
+
+def test_a_snapshot_that_fails_leaves_nothing_behind(server: EmbeddedRedis) -> None:
+    """What was known before stands meanwhile."""
+
+    async def body(rig: Rig) -> None:
+        for name in ("a", "b"):
+            await rig.store(name)
+            await rig.publish(name, CHAIN[:3])
+        rig.client.rename("tandem:{ns}:own:b", "aside")
+        rig.client.set("tandem:{ns}:own:b", "no set")
+        await rig.mirror.start()
+
+        def failures() -> int:
+            return int(rig.client.info("errorstats").get("errorstat_WRONGTYPE", {"count": 0})["count"])
+
+        before = failures()
+        await until(lambda: failures() > before + 1, "the second attempt has failed too")
+        assert rig.map.owners(CHAIN[0]) == ()
+        assert rig.mirror.stores() == ()
+        rig.client.rename("aside", "tandem:{ns}:own:b")
+        await rig.level()
 
     run(server.url, body)
 
@@ -204,6 +207,7 @@ def test_equal_to_the_truth_after_anything(server: EmbeddedRedis, seed: int, mon
 
     async def body(rig: Rig) -> None:
         names = ["a", "b", "c"]
+        rig.map.put(rig.worker, CHAIN[:30])
         for name in names:
             await rig.store(name)
         await rig.mirror.start()
@@ -229,6 +233,7 @@ def test_equal_to_the_truth_after_anything(server: EmbeddedRedis, seed: int, mon
                 await asyncio.sleep(0)  # let the mirror have a look in between
             if step % 40 == 39:
                 await rig.level()
+        assert rig.map.count(rig.worker) == rig.map.lookup(CHAIN)[rig.worker] == 30, "others' owners stay as they were"
 
     run(server.url, body)
 
@@ -264,7 +269,7 @@ def test_a_flushed_redis_is_noticed_even_if_nothing_follows(server: EmbeddedRedi
         assert rig.mirror.owners(CHAIN[0]) == ()
         await rig.beat()
         await rig.level()
-        assert rig.mirror.prefix(CHAIN[:3]) == {"a": 3}
+        assert rig.prefix(CHAIN[:3]) == {"a": 3}
 
     run(server.url, body)
 
@@ -293,7 +298,7 @@ def test_it_stays_as_it_was_while_redis_is_away_and_then_catches_up() -> None:
         os.kill(server.pid, signal.SIGSTOP)
         try:
             await until(lambda: rig.mirror.stat().behind_s > 1.0, "it does not know any more")
-            assert rig.mirror.prefix(CHAIN[:3]) == {"a": 3}
+            assert rig.prefix(CHAIN[:3]) == {"a": 3}
         finally:
             os.kill(server.pid, signal.SIGCONT)
         await rig.publish("a", CHAIN[3:5])
@@ -308,13 +313,13 @@ def test_it_stays_as_it_was_while_redis_is_away_and_then_catches_up() -> None:
                 return False
 
         await until(lambda: rig.mirror.stat().behind_s > 0.5, "it does not know any more")
-        assert rig.mirror.prefix(CHAIN[:5]) == {"a": 5}
+        assert rig.prefix(CHAIN[:5]) == {"a": 5}
         await until(revived, "Redis is back, empty")
         await rig.level()
         assert rig.mirror.stat().blocks == 0
         await rig.beat()
         await rig.level()
-        assert rig.mirror.prefix(CHAIN[:5]) == {"a": 5}
+        assert rig.prefix(CHAIN[:5]) == {"a": 5}
 
     try:
         run(server.url, body)

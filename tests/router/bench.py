@@ -11,7 +11,7 @@ from cluster.messages import Role, Sampling
 from router.dispatch import Dispatcher
 from router.fleet import Fleet
 from router.request import Delta, Request
-from tests.router.fakes import EOS, NAMESPACE, SECRET, FakeWorker, StaticMembership, Transfers, eventually
+from tests.router.fakes import EOS, MODEL_KEY, NAMESPACE, SECRET, FakeWorker, StaticMembership, Transfers, eventually
 
 PROMPT = (5, 6, 7, 8)
 
@@ -56,7 +56,7 @@ async def bench(roles: str, request_timeout_s: float = 30.0, worker_timeout_s: f
     workers = {worker_id: await FakeWorker(worker_id, names[worker_id[0]], transfers).start() for worker_id in ids}
     membership = StaticMembership()
     membership.workers = [worker.info for worker in workers.values()]
-    fleet = Fleet(membership, NAMESPACE, "router-1", SECRET, worker_timeout_s)
+    fleet = Fleet(membership, NAMESPACE, "router-1", SECRET, worker_timeout_s, model_key=MODEL_KEY)
     await fleet.start()
     dispatcher = Dispatcher(fleet, request_timeout_s)
     try:

@@ -7,6 +7,7 @@ answer is known. `Gate`s hold a worker at a chosen token; nothing here sleeps fo
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from cluster.messages import (
     Abort,
     Accepted,
     Ack,
+    CacheChange,
+    ControllerInfo,
     DecodeJob,
     FinishReason,
     Generation,
@@ -23,21 +26,27 @@ from cluster.messages import (
     Load,
     Outputs,
     PrefillJob,
+    Rates,
     Refused,
     Role,
+    RouterInfo,
     StepOutput,
     StoreInfo,
     Submit,
     TokenOutput,
     WorkerInfo,
 )
+from cluster.perfmodel import PRIOR
 from cluster.rpc import Server
+from kvstore.hashing import ModelKey
 
 SECRET = "test-secret"
 NAMESPACE = "test-model"
 VOCAB = 300  # of the test tokenizer: 0..2 are special, the rest bytes and merges
 EOS = 1
 HEARTBEAT_S = 0.05
+MODEL_KEY = ModelKey(b"weights", b"tokenizer", "float32", 16)
+SLOW = (1_000.0, 1.0, 0.0)  # prefill rates
 _INCARNATIONS = itertools.count(1)
 
 Transfers = dict[str, "asyncio.Future[bool]"]  # transfer id -> True when its blocks and first token are complete
@@ -79,7 +88,10 @@ class FakeWorker:
         self.tokens_per_frame = 1
         self.cached_tokens = 0
         self.silent = False
+        self.frames = 0  # sent to anybody
         self.load: dict[str, int] = {}  # overrides of what it reports
+        self.rates: Rates | None = None  # None: prompts cost a decode worker so much that they are handed over
+        self.cache: list[CacheChange] = []  # told to every router that connects
         self.jobs: list[PrefillJob | DecodeJob] = []
         self.aborted: list[str] = []
 
@@ -166,7 +178,9 @@ class FakeWorker:
     async def _outputs(self, message: Outputs, _: Any) -> AsyncIterator[StepOutput]:
         outbox = self._outboxes[message.router_id] = asyncio.Queue()
         try:
-            yield StepOutput((), self._load())
+            yield StepOutput((), self._load(), self._rates())
+            for change in self.cache:
+                yield StepOutput((), self._load(), None, change)
             while True:
                 outputs: list[TokenOutput | JobFailed] = []
                 try:
@@ -175,10 +189,14 @@ class FakeWorker:
                 except TimeoutError:
                     if self.silent:
                         continue
-                yield StepOutput(tuple(outputs), self._load())
+                self.frames += 1
+                yield StepOutput(tuple(outputs), self._load(), self._rates())
         finally:
             for task in self._running.values():
                 task.cancel()
+
+    def _rates(self) -> Rates:
+        return self.rates or dataclasses.replace(PRIOR, prefill=PRIOR.prefill if self.role == "prefill" else SLOW)
 
     def _load(self) -> Load:
         fields: dict[str, Any] = {
@@ -207,6 +225,7 @@ class StaticMembership:
     def __init__(self) -> None:
         self.workers: list[WorkerInfo] = []
         self.stores: list[StoreInfo] = []
+        self.controllers: list[ControllerInfo] = []
         self.error: Exception | None = None
         self.asked = 0
 
@@ -216,6 +235,12 @@ class StaticMembership:
         if self.error:
             raise self.error
         return list(self.workers), list(self.stores)
+
+    async def reports(self, namespace: str) -> tuple[list[RouterInfo], list[ControllerInfo]]:
+        assert namespace == NAMESPACE
+        if self.error:
+            raise self.error
+        return [], self.controllers
 
     async def close(self) -> None:
         return None

@@ -16,15 +16,13 @@ import uvicorn
 
 from cluster.config import Config
 from cluster.messages import Role
-from kvstore.hashing import ModelKey
 from router.app import create_app
 from router.settings import RouterSettings
-from tests.router.fakes import EOS, NAMESPACE, SECRET, VOCAB, FakeWorker, StaticMembership, Transfers
+from tests.router.fakes import EOS, MODEL_KEY, NAMESPACE, SECRET, VOCAB, FakeWorker, StaticMembership, Transfers
 
 T = TypeVar("T")
 MODEL = "org/test-model"
 MAX_CONTEXT = 256
-MODEL_KEY = ModelKey(b"weights", b"tokenizer", "float32", 16)
 ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "b": "both"}
 
 

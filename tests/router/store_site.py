@@ -21,8 +21,8 @@ from kvstore.part import Part
 from kvstore.server import StoreServer
 from kvstore.slab_writer import SlabWriter
 from kvstore.writer import HandoffWriter
-from tests.router.fakes import NAMESPACE, SECRET
-from tests.router.harness import MODEL_KEY, Api
+from tests.router.fakes import MODEL_KEY, NAMESPACE, SECRET
+from tests.router.harness import Api
 
 LAYOUT = Layout(heads=2, layers=2, tokens=MODEL_KEY.block_size, dim=4, dtype="float32", itemsize=4)
 SLABS = 64

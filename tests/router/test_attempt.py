@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, TandemError, Unavailable, WorkerLost
+from cluster.errors import DeadlineExceeded, InvalidRequest, Moved, Overloaded, TandemError, Unavailable, WorkerLost
 from cluster.messages import DecodeJob, Refused
-from router.dispatch import ATTEMPTS
+from router.dispatch import ATTEMPTS, MOVES
 from tests.router.bench import PROMPT, Bench, run
 from tests.router.fakes import eventually, tokens_for
 
@@ -154,6 +154,57 @@ def test_a_decode_job_that_fails_is_placed_again() -> None:
         assert b.workers["d2"].jobs
 
     run("pdd", test)
+
+
+def test_a_request_that_is_moved_goes_on_elsewhere_and_nobody_has_failed() -> None:
+    """As often as it takes: more often than attempts may fail."""
+
+    async def test(b: Bench) -> None:
+        moves, one, two = ATTEMPTS + 1, b.workers["d1"], b.workers["d2"]
+        for worker in (one, two):
+            worker.hold_at, worker.fail_held = 2, ("moved", "it drains")
+        serving = asyncio.create_task(b.serve())
+        for at in range(2, 2 + moves):
+            await eventually(lambda: one.running or two.running)
+            holding = one if one.running else two
+            await eventually(lambda at=at: len(b.tokens) == at)
+            for worker in (one, two):
+                worker.hold_at = at + 1
+            holding.go.set()
+            await eventually(lambda worker=holding: not worker.running)
+            holding.go = asyncio.Event()
+        one.hold_at = two.hold_at = None
+        for worker in (one, two):
+            worker.go.set()
+            worker.fail_held = None
+        assert await serving == tokens_for(PROMPT, 8)
+        await b.quiet()
+
+    run("dd", test)
+
+
+def test_the_only_worker_may_have_it_again_after_a_move() -> None:
+    async def test(b: Bench) -> None:
+        worker = b.workers["d1"]
+        worker.hold_at, worker.fail_held = 3, ("moved", "its role changes")
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: len(b.tokens) == 3)
+        worker.hold_at = None
+        worker.go.set()
+        assert await serving == tokens_for(PROMPT, 8)
+        assert [len(generation.output) for generation in worker.generations] == [0, 3]
+
+    run("d", test)
+
+
+def test_moves_are_bounded() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["d1"].fail = ("moved", "not me")
+        with pytest.raises(Moved):
+            await b.serve()
+        assert len(b.workers["d1"].jobs) == MOVES
+
+    run("d", test)
 
 
 def test_the_prefill_worker_is_the_last_resort() -> None:

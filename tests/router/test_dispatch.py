@@ -5,10 +5,11 @@ from contextlib import aclosing
 
 import pytest
 
-from cluster.messages import DecodeJob, PrefillJob, Sampling
+from cluster.messages import DecodeJob, PrefillJob, Refused, Sampling
+from router import chains
 from router.request import Request
 from tests.router.bench import PROMPT, Bench, run
-from tests.router.fakes import EOS, FakeWorker, StaticMembership, eventually, tokens_for
+from tests.router.fakes import EOS, MODEL_KEY, FakeWorker, StaticMembership, eventually, tokens_for
 
 
 # ------------------------------------------------------------------------------------------------ when all goes well
@@ -124,6 +125,67 @@ def test_many_at_once_are_spread_over_the_workers() -> None:
         await b.quiet()
 
     run("ppdd", test)
+
+
+def test_a_prompt_goes_to_whoever_has_its_prefix() -> None:
+    async def test(b: Bench) -> None:
+        prompt = tuple(range(100))
+        known = await chains.hashes(MODEL_KEY, prompt, b"salt", True)
+        for worker_id, blocks in (("b1", 1), ("b2", 6), ("b3", 0)):
+            owner = b.fleet.link(worker_id).view().owner
+            b.fleet._map.put(owner, known[:blocks])
+        for salt, expected in ((b"salt", "b2"), (b"salt", "b2"), (b"other", None)):
+            request = Request("r", prompt, Sampling(max_tokens=2), salt, "")
+            answer = [token async for delta in b.dispatcher.serve(request) for token in delta.tokens]
+            assert answer == tokens_for(prompt, 2)
+            (decision,) = request.decisions
+            assert decision.chosen.device_tokens == (96 if expected else 0)
+            assert expected is None or decision.route.decode == expected
+
+    run("bbb", test)
+
+
+def test_every_decision_is_kept() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["p1"].refuse = b.workers["p2"].refuse = Refused("server_overloaded", "full")
+        request = Request("r", PROMPT, Sampling(max_tokens=4), b"", "")
+        assert [token async for delta in b.dispatcher.serve(request) for token in delta.tokens] == tokens_for(PROMPT, 4)
+        prefills = [decision.route.prefill for decision in request.decisions]
+        assert set(prefills[:2]) == {"p1", "p2"}
+        assert prefills[2:] == [None]
+
+    run("ppd", test)
+
+
+def test_the_decode_worker_is_reserved_while_the_prefill_worker_thinks() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["p1"].accept.clear()
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: b.fleet.link("p1").pending)
+        assert b.fleet.link("d1").view().sent_context == len(PROMPT)
+        assert b.fleet.link("d1").view().sent_tokens == 0
+        serving.cancel()
+        await asyncio.wait({serving})
+        assert not b.fleet.link("d1").pending
+        b.workers["p1"].accept.set()
+        await b.quiet()
+
+    run("pd", test)
+
+
+def test_a_decode_worker_that_leaves_while_the_prefill_worker_thinks_is_replaced() -> None:
+    async def test(b: Bench) -> None:
+        b.workers["p1"].accept.clear()
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: b.fleet.link("p1").pending)
+        first, second = ("d1", "d2") if b.fleet.link("d1").pending else ("d2", "d1")
+        await b.workers[first].die()
+        await eventually(lambda: first not in b.fleet.table.ids())
+        b.workers["p1"].accept.set()
+        assert await serving == tokens_for(PROMPT, 8)
+        assert len(b.workers["p1"].jobs) == len(b.workers[second].jobs) == 1
+
+    run("pdd", test)
 
 
 # ----------------------------------------------------------------------------------------------------------- leaving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -127,13 +128,18 @@ def test_bodies_over_the_limit(api: Api) -> None:
 
 
 def test_a_full_queue(api: Api) -> None:
-    api.workers["d1"].load = {"waiting": 8}
-    api.wait(lambda: api.chat(max_tokens=1).status_code == 429)
-    response = api.chat(max_tokens=1, stream=True)
-    error_of(response, 429, "server_overloaded")
-    assert 1 <= int(response.headers["retry-after"]) <= 30
-    api.workers["d1"].load = {}
-    api.wait(lambda: api.chat(max_tokens=1).is_success)
+    """Eight may wait while the only decode worker has no slot; the next is refused, and those eight are served."""
+    api.workers["d1"].load = {"running": 65}
+    api.wait(lambda: 65 in [worker["running"] for worker in api.http.get("/status").json()["workers"]])
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(api.chat, max_tokens=1, stream=number % 2 == 0) for number in range(8)]
+        api.wait(lambda: 'tandem_queue_requests{priority="normal"} 8.0' in api.http.get("/metrics").text)
+        for stream in (False, True):
+            response = api.chat(max_tokens=1, stream=stream)
+            error_of(response, 429, "server_overloaded")
+            assert 1 <= int(response.headers["retry-after"]) <= 30
+        api.workers["d1"].load = {}
+        assert all(answer.result(timeout=10).is_success for answer in waiting)
 
 
 def test_workers_that_all_refuse(api: Api) -> None:

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from kvstore.hashing import tenant_tag
-from tests.router.fakes import SECRET
-from tests.router.harness import MODEL_KEY, Api
+from tests.router.fakes import MODEL_KEY, SECRET
+from tests.router.harness import Api
 from tests.router.store_site import LAYOUT, PROMPT, Site, site
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.messages import StoreInfo
+from cluster.messages import ControllerInfo, StoreInfo
 from cluster.rpc import Server
 from cluster.store_messages import StatRequest, StoreStat
 from kvstore.hashing import tenant_tag
@@ -45,7 +45,7 @@ OFFLOAD = {
 def guarded(model_directory: Path) -> Iterator[Api]:
     """A router that asks for keys, with a store."""
     api = Api(model_directory)
-    with api.serving("b", api_keys=("first-key", "second-kéy"), max_queue=3) as one:
+    with api.serving("b", api_keys=("first-key", "second-kéy"), max_queue=3, max_sequences=1) as one:
 
         async def stat(_: StatRequest, __: Any) -> StoreStat:
             return STAT
@@ -70,6 +70,18 @@ def samples(api: Api) -> dict[tuple[str, tuple[str, ...]], float]:
         for family in families
         for s in family.samples
     }
+
+
+def test_what_the_controller_says_is_in_the_status(api: Api) -> None:
+    assert api.http.get("/status").json()["controller"] is None
+    info = ControllerInfo("controller", NAMESPACE, 5, 1, 2, 3, 4, 5, 6, 7.5, ("12:00:00 decode-0 turns to prefill",))
+    api.membership.controllers = [info]
+    try:
+        status = api.http.get("/status").json()
+        assert status["controller"] == {**dataclasses.asdict(info), "events": list(info.events)}
+        assert all(len(worker["rates"]["prefill"]) == 3 for worker in status["workers"])
+    finally:
+        api.membership.controllers = []
 
 
 def test_metrics_of_workers_and_requests(api: Api) -> None:
@@ -201,7 +213,8 @@ def test_tenants_do_not_share_a_cache(guarded: Api) -> None:
 
 
 def test_a_burst_over_the_limit_is_refused_before_any_worker_reports_it(guarded: Api) -> None:
-    """Eight at once against a limit of three, all waiting in front of their first token."""
+    """Eight at once, of which three may wait: a worker with one slot is given that one and, once its report shows no
+    more than that, another."""
     worker = guarded.workers["b1"]
     worker.hold_at = 0
     headers = {"authorization": "Bearer first-key"}
@@ -212,10 +225,10 @@ def test_a_burst_over_the_limit_is_refused_before_any_worker_reports_it(guarded:
 
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(post, number) for number in range(8)]
-        guarded.wait(lambda: sum(answer.done() for answer in answers) == 5)
+        guarded.wait(lambda: sum(answer.done() for answer in answers) >= 3 and len(worker.running) == 2)
         guarded.set(worker.go.set)
         codes = sorted(answer.result(timeout=10) for answer in answers)
-    assert codes == [200] * 3 + [429] * 5
+    assert codes in ([200] * 5 + [429] * 3, [200] * 4 + [429] * 4)
 
 
 def test_redis_down_is_shown_and_harmless(guarded: Api) -> None:

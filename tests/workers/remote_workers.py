@@ -19,7 +19,7 @@ from cluster.messages import WorkerInfo
 from deploy.shards import assemble, follow
 from kvstore import locate
 from workers import fetching, tier
-from workers import worker as worker_module
+from workers import streams as streams_module
 from workers.model_runner import ModelRunner
 from workers.runner import Chunk
 from workers.worker import WorkerSettings
@@ -88,7 +88,7 @@ def remote(settings: WorkerSettings, model: Path) -> Iterator[Remote]:
 def _lead(settings: WorkerSettings, model: Path, told: Connection[Any, Any]) -> None:
     _be_slow()
     _be_patient()
-    worker_module.HEARTBEAT_S = 0.05
+    streams_module.HEARTBEAT_S = 0.05
 
     def start(address: str) -> list[int]:
         told.send(address)

@@ -30,7 +30,7 @@ from kvstore.layout import Layout
 from kvstore.redis_server import EmbeddedRedis
 from kvstore.server import StoreServer
 from tests.kvstore.rig import SECRET, Process, process
-from workers import worker as worker_module
+from workers import streams as streams_module
 from workers.engine import Engine
 from workers.sequence import Sequence
 from workers.sim import SimRunner, Timings, sim_layout
@@ -45,7 +45,7 @@ KEY = ModelKey(b"sim", b"tokenizer", "float32", CONFIG.block_size)
 PROMPT = tuple(range(1, 60))
 FULL = (len(PROMPT) - 1) // CONFIG.block_size * CONFIG.block_size  # tokens of it that can come from elsewhere
 PATIENCE_S = 20.0
-worker_module.HEARTBEAT_S = 0.05  # so that the load of an idle worker is known soon
+streams_module.HEARTBEAT_S = 0.05  # so that the load of an idle worker is known soon
 
 
 def runner(timings: Timings, blocks: int = 400) -> SimRunner:

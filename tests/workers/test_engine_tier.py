@@ -4,7 +4,7 @@ import pytest
 
 from cluster.messages import Handoff
 from tests.workers.engine_run import BLOCK, Run, alone, assert_no_leak, engine, prompt, sequence
-from workers.engine import LOW
+from workers.offering import LOW
 
 
 def stocked(length: int, seed: int = 1) -> dict[bytes, bytes]:

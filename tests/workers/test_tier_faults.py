@@ -109,7 +109,7 @@ def test_a_lying_index_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None
                 for name in names:
                     await site.worker(name, config=BUSY, blocks=130, token_s=0.0002)
                 await site.connected(*names)
-                worker = site.workers[names[0]]._info.address  # a live server that is no store
+                worker = site.clients[names[0]].address  # a live server that is no store
                 nobody = "127.0.0.1:1"
                 mute = f"127.0.0.1:{silent.getsockname()[1]}"  # takes connections and says nothing
                 liar = Liar(site, [one, two, one, two, worker, nobody, mute, "rubbish"])

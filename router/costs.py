@@ -1,0 +1,151 @@
+"""What each worker would cost for one prompt, in milliseconds that somebody waits: arrays over the rows of the table.
+
+    prompt of n tokens at a worker that has h of them on its device
+      queue     what it has to compute before
+      compute   n - h tokens after h others, or less when the store of its node or the best of all is asked first
+      fetch     from there: each as far as it has blocks, for computing a token costs more the later it comes and a
+                fetched one always the same, so that only the ends of these runs can be best
+    its output at a worker that decodes
+      decode    the tokens expected, at the time between tokens that this batch will have; twice that when the KV does
+                not fit, because a place comes free when somebody else has finished
+      others    what its batch waits longer for theirs, meanwhile
+    both at the same worker
+      others    also what the prompt's steps hold its batch up, and one more: somebody is likely to come meanwhile
+    at two workers
+      handoff   what of the transfer is not hidden behind the computation: the last step's blocks at least
+
+Linear in `cluster.messages.Rates` throughout. Which of it counts for whom is for `router/policies.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from router.table import Depths, FleetTable, Floats, Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one route costs."""
+
+    prefill: str | None
+    decode: str
+    queue_ms: float
+    prefill_ms: float
+    fetch_ms: float
+    handoff_ms: float
+    decode_ms: float
+    others_ms: float
+    device_tokens: int  # of the prompt, on the device of the worker that computes it
+    fetched_tokens: int  # that it would fetch from stores
+
+    @property
+    def total_ms(self) -> float:
+        return self.queue_ms + self.prefill_ms + self.fetch_ms + self.handoff_ms + self.decode_ms + self.others_ms
+
+
+class Costs:
+    """Of one prompt of `tokens` with `new_tokens` of output still expected: arrays over workers."""
+
+    def __init__(self, table: FleetTable, tokens: int, new_tokens: int, depths: Depths) -> None:
+        self.table = table
+        self._tokens = tokens
+        self._most = tokens - 1  # at least one token has to be computed to have the next
+        self._token_bytes = table.block_bytes / table.block_size
+        if depths.size <= table.highest_owner:
+            depths = np.pad(depths, (0, table.highest_owner + 1 - depths.size))
+        self._blocks = depths[table.owner]
+        self.device: Floats = np.minimum(self._blocks * float(table.block_size), self._most)
+        self.fetched: Floats | None = None  # tokens it would fetch; None: nobody fetches any
+        self.fetch: Floats | None = None
+        self.compute: Floats
+        near, best = table.store_depths(depths)
+        if best:
+            self._prefix_from_stores(near, best)
+        else:
+            self.compute = self._compute(self.device)
+        self._output(new_tokens)
+        self._handoffs: dict[int, Floats] = {}  # prefill row -> to every worker
+
+    def _prefix_from_stores(self, near: Floats, best: int) -> None:
+        """`near` and `best` are blocks that the stores of each worker's node have, and that any store has."""
+        table = self.table
+        ends = np.empty((3, len(table)))  # tokens there before computing begins: none fetched, near ones, all there are
+        ends[0] = self.device
+        np.maximum(self.device, np.minimum(near * table.block_size, self._most), out=ends[1])
+        np.maximum(ends[1], min(best * table.block_size, self._most), out=ends[2])
+        fetches = np.zeros_like(ends)
+        _fetch(table.memory_rates, self._token_bytes, ends[1] - ends[0], out=fetches[1])
+        _fetch(table.remote_rates, self._token_bytes, ends[2] - ends[1], out=fetches[2])
+        fetches[2] += fetches[1]
+        computes = self._compute(ends)
+        way = (computes + fetches).argmin(axis=0) * len(table) + table.rows
+        self.compute, self.fetch = computes.take(way), fetches.take(way)
+        self.fetched = ends.take(way) - self.device
+
+    def _compute(self, known: Floats) -> Floats:
+        """The prompt's tokens behind the first `known` [..., workers], in as many steps as it takes."""
+        per_step, per_token, per_pair, step_tokens = self.table.prefill_rates
+        rest = self._tokens - known
+        total: Floats = per_step * np.ceil(rest / step_tokens)
+        total += (per_token + per_pair * (0.5 * (self._tokens + known))) * rest
+        return total
+
+    def _output(self, new_tokens: int) -> None:
+        table = self.table
+        per_sequence, per_context = table.decode_rates
+        longer = per_sequence + per_context * (self._tokens + new_tokens / 2)  # the time between tokens of the batch
+        self.decode: Floats = new_tokens * (table.itl_ms + longer)
+        self.others: Floats = new_tokens * table.batch * longer
+        full = table.blocks_free < -(-(self._tokens + new_tokens) // table.block_size)
+        if full.any():
+            self.decode *= 1.0 + full
+
+    @property
+    def prompt(self) -> Floats:
+        """Until the first token."""
+        total = self.table.queue_ms + self.compute
+        return total if self.fetch is None else total + self.fetch
+
+    @property
+    def interference(self) -> Floats:
+        return (self.table.batch + 1) * self.compute
+
+    def handoff(self, prefill: Ints) -> Floats:
+        """[prefill, workers]: from the workers of those rows to every worker."""
+        table = self.table
+        size = (-(-self._tokens // table.block_size) - self._blocks) * float(table.block_bytes)
+        step = table.prefill_rates[3][prefill, None] * self._token_bytes
+        near = table.node[prefill, None] == table.node
+        per_handoff, per_byte = np.where(near, table.memory_rates[:, None], table.remote_rates[:, None])
+        exposed: Floats = np.maximum(per_byte * np.minimum(size, step), per_byte * size - self.compute[prefill, None])
+        exposed += per_handoff
+        self._handoffs.update(zip(prefill.tolist(), exposed, strict=True))
+        return exposed
+
+    def terms(self, prefill: int | None, decode: int) -> Terms:
+        """Of the route over those rows."""
+        at = decode if prefill is None else prefill
+        if prefill is not None and prefill not in self._handoffs:
+            self.handoff(np.array([prefill]))
+        interference = (self.table.batch[decode] + 1) * self.compute[decode]
+        return Terms(
+            prefill=None if prefill is None else self.table.id(prefill),
+            decode=self.table.id(decode),
+            queue_ms=float(self.table.queue_ms[at]),
+            prefill_ms=float(self.compute[at]),
+            fetch_ms=0.0 if self.fetch is None else float(self.fetch[at]),
+            handoff_ms=0.0 if prefill is None else float(self._handoffs[prefill][decode]),
+            decode_ms=float(self.decode[decode]),
+            others_ms=float(self.others[decode] + (interference if prefill is None else 0.0)),
+            device_tokens=int(self.device[at]),
+            fetched_tokens=0 if self.fetched is None else int(self.fetched[at]),
+        )
+
+
+def _fetch(rates: Floats, token_bytes: float, tokens: Floats, out: Floats) -> None:
+    per_fetch, per_byte = rates
+    np.multiply(per_byte * token_bytes, tokens, out=out)
+    out += per_fetch * (tokens > 0)

@@ -1,0 +1,183 @@
+"""The fleet as placement computes with it: one row per worker, columns of numbers, so that a thousand cost one pass.
+
+A row is what a worker said last plus what this router has sent it since; whoever keeps the connections puts views in
+(`router/fleet.py`, or the simulator). Rows are in the order of the workers' ids, so equal fleets give equal routes
+whatever order they joined in. No policy, no clock and no network; what the columns are for is `router/costs.py`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.messages import Rates, Role
+from cluster.perfmodel import decode_ms
+
+if TYPE_CHECKING:  # a decision is made from a table
+    from router.placement import Decision
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Depths = npt.NDArray[np.int32]  # owner's number -> leading blocks of a prompt that it has
+
+FLOATS = 14
+INTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One live worker at one moment, as one router sees it."""
+
+    id: str
+    role: Role
+    node: str
+    owner: int  # its number in the prefix map
+    running: int  # sequences it has, queued ones included
+    waiting_tokens: int  # uncomputed prompt tokens, as last reported
+    context_tokens: int  # tokens whose KV its sequences have
+    blocks_free: int
+    blocks_total: int
+    rates: Rates
+    sent_tokens: int = 0  # prompt tokens to compute of jobs sent to it that no report knows of
+    sent_sequences: int = 0
+    sent_context: int = 0  # tokens whose KV the decode jobs among those will have
+
+
+class FleetTable:
+    """Columns over workers. `block_bytes`, of a whole KV block, may be set when the first worker has said it.
+
+    The columns are public to be read: arrays of one number per worker, in the order of `ids`, until a worker comes or
+    goes. A store is not a worker; of it only the node counts.
+    """
+
+    def __init__(self, block_size: int, block_bytes: int) -> None:
+        self.block_size = block_size
+        self.block_bytes = block_bytes
+        self._ids: list[str] = []  # row -> worker, sorted
+        self._nodes: dict[str, int] = {}  # node -> its number
+        self._stores: Ints = np.zeros((2, 0), dtype=np.int64)  # column of a store: its owner's number, its node's
+        self._placements = 0
+        self.highest_owner = -1  # number in the prefix map that any worker or store has had
+        self._lay_out(np.zeros((FLOATS, 0)), np.zeros((INTS, 0), dtype=np.int64), np.zeros(0, dtype=bool))
+
+    def _lay_out(self, floats: Floats, ints: Ints, prefill: Bools) -> None:
+        self._floats = floats
+        self.queue_ms: Floats = floats[0]  # until a prompt that comes now would be started
+        self.batch: Floats = floats[1]  # sequences
+        self.itl_ms: Floats = floats[2]  # one decode step of those
+        self.blocks_free: Floats = floats[3]
+        self.prefill_rates: Floats = floats[4:8]  # [4, workers]: ms per step, token, pair of tokens; tokens of a step
+        self.decode_rates: Floats = floats[8:10]  # [2, workers]: ms per sequence, per token of context
+        self.memory_rates: Floats = floats[10:12]  # [2, workers]: ms per fetch, per byte, from a store on its machine
+        self.remote_rates: Floats = floats[12:14]  # ... from a store on another one
+        self._ints = ints
+        self.owner: Ints = ints[0]  # number in the prefix map
+        self.node: Ints = ints[1]
+        self._used: Ints = ints[2]  # the last placement that used it
+        self.rows: Ints = np.arange(len(prefill))
+        self.prefill = prefill  # whether its role is prefill; the others decode
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def ids(self) -> tuple[str, ...]:
+        """Row -> worker."""
+        return tuple(self._ids)
+
+    def id(self, row: int) -> str:
+        return self._ids[row]
+
+    def row(self, worker_id: str) -> int | None:
+        at = bisect.bisect_left(self._ids, worker_id)
+        return at if at < len(self._ids) and self._ids[at] == worker_id else None
+
+    def put(self, view: WorkerView) -> None:
+        """Add that worker, or bring its row up to date."""
+        row = self.row(view.id)
+        if row is None:
+            row = bisect.bisect_left(self._ids, view.id)
+            self._ids.insert(row, view.id)
+            self._lay_out(
+                np.insert(self._floats, row, 0.0, axis=1),
+                np.insert(self._ints, row, 0, axis=1),
+                np.insert(self.prefill, row, False),
+            )
+        self.prefill[row] = view.role == "prefill"
+        self.highest_owner = max(self.highest_owner, view.owner)
+        self.owner[row], self.node[row] = view.owner, self._node(view.node)
+        rates, queued = view.rates, view.waiting_tokens + view.sent_tokens
+        per_step, per_token, per_pair = rates.prefill
+        batch, context = view.running + view.sent_sequences, view.context_tokens + view.sent_context
+        self._floats[:, row] = (
+            per_step * -(-queued // rates.step_tokens) + per_token * queued,  # whose contexts nobody reports
+            batch,
+            decode_ms(rates, batch, context) if batch else rates.decode[0],
+            view.blocks_free - -(-view.sent_context // self.block_size),
+            per_step,
+            per_token,
+            per_pair,
+            rates.step_tokens,
+            rates.decode[1],
+            rates.decode[2],
+            *rates.memory,
+            *rates.remote,
+        )
+
+    def remove(self, worker_id: str) -> None:
+        """Forget that worker; when there is none by that id, nothing happens."""
+        row = self.row(worker_id)
+        if row is not None:
+            del self._ids[row]
+            self._lay_out(
+                np.delete(self._floats, row, axis=1),
+                np.delete(self._ints, row, axis=1),
+                np.delete(self.prefill, row),
+            )
+
+    def set_store(self, owner: int, node: str) -> None:
+        """A store, by its number in the prefix map, is on that node."""
+        self.remove_store(owner)
+        self.highest_owner = max(self.highest_owner, owner)
+        self._stores = np.append(self._stores, [[owner], [self._node(node)]], axis=1)
+
+    def remove_store(self, owner: int) -> None:
+        self._stores = self._stores[:, self._stores[0] != owner]
+
+    def placed(self, decision: Decision) -> None:
+        """The workers of that decision are the ones used last."""
+        self._placements += 1
+        for worker_id in (decision.route.prefill, decision.route.decode):
+            row = None if worker_id is None else self.row(worker_id)
+            if row is not None:
+                self._used[row] = self._placements
+
+    def backlog_ms(self) -> float:
+        """The least time until some worker that takes prompts would start a new one; inf: there is nobody."""
+        if not self._ids:
+            return math.inf
+        takers = self.queue_ms[self.prefill]
+        return float((takers if takers.size else self.queue_ms).min())
+
+    def _node(self, name: str) -> int:
+        return self._nodes.setdefault(name, len(self._nodes))
+
+    def last_used(self, rows: Ints) -> Ints:
+        """Of those workers, a number that is less the longer one was not used; no two are alike."""
+        used: Ints = self._used[rows] * len(self._ids) + rows
+        return used
+
+    def store_depths(self, depths: Depths) -> tuple[Floats, int]:
+        """How many leading blocks the stores on each worker's own node have, and how many any store has."""
+        owners, nodes = self._stores
+        if depths.size <= self.highest_owner:
+            known = owners < depths.size
+            owners, nodes = owners[known], nodes[known]
+        local = np.zeros(len(self._nodes))
+        np.maximum.at(local, nodes, depths[owners])
+        return local[self.node], int(local.max(initial=0))

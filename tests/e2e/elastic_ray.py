@@ -1,0 +1,110 @@
+"""A Ray cluster that gets its nodes from Ray's own autoscaler (v2), with processes for machines: Ray's fake provider.
+
+The head has room for one shard; every further one needs a node of its own, which is given back when it has been idle.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
+
+from deploy.environment import free_range
+from tests.serving import called, environment, marked, wait_until
+
+OPEN = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+IDLE_MINUTES = 0.05
+START_S = 60.0
+LISTS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ElasticRay:
+    address: str
+    mark: str
+
+    def nodes(self) -> int:
+        """How many there are, the head included."""
+        return sum(called(process, "raylet") for process in marked(self.mark))
+
+
+@contextmanager
+def elastic_ray(most_nodes: int) -> Iterator[ElasticRay]:
+    mark, port = uuid.uuid4().hex, free_range(1)
+    # Ray's sockets need a short path
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as folder:
+        config = Path(folder) / "autoscaling.json"
+        config.write_text(json.dumps(autoscaling(most_nodes, f"127.0.0.1:{port}")))
+        fake = {
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        head = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"),
+                *("--include-dashboard=false", "--num-cpus=1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}/r"),
+                *(f"--ray-client-server-port={free_range(1)}", "--min-worker-port=0", "--max-worker-port=0"),
+                *("--object-store-memory=80000000", f"--autoscaling-config={config}"),
+            ],
+            env=environment(mark, **OPEN, **fake), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        made = ElasticRay(f"127.0.0.1:{port}", mark)
+        try:
+            wait_until(lambda: made.nodes() == 1, START_S)
+            yield made
+        finally:
+            head.terminate()
+            try:
+                head.wait(30)
+            finally:
+                for straggler in marked(mark):
+                    straggler.kill()
+
+
+def autoscaling(most_nodes: int, gcs_address: str) -> dict[str, object]:
+    """What `ray up` would read, with every key that Ray asks for."""
+    provider = {
+        "type": "external",  # the wheel has the fake provider and not its defaults
+        "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__qualname__}",
+        "gcs_address": gcs_address,
+        "head_node_id": FAKE_HEAD_NODE_ID,
+        "launch_multiple": True,
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    }
+    shard = {
+        "resources": {"CPU": 1, "object_store_memory": 80_000_000},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": most_nodes,
+    }
+    head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
+    return {
+        "cluster_name": "elastic",
+        "max_workers": most_nodes,
+        "upscaling_speed": 20,
+        "idle_timeout_minutes": IDLE_MINUTES,
+        "provider": provider,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "available_node_types": {"ray.head.default": head, "shard": shard},
+        "head_node_type": "ray.head.default",
+        **{name: [] for name in LISTS},
+    }
