@@ -113,12 +113,11 @@ class Controller:
             await self._cluster.report(self._report(seen.members))
 
     async def _act(self, actions: Sequence[Action], now_s: float) -> None:
-        actions = [a for a in actions if not isinstance(a, Start) or now_s >= self._no_start_before_s]
-        if not actions:
-            return
-        if reason := explain(self._memory):
+        possible = [a for a in actions if not isinstance(a, Start) or now_s >= self._no_start_before_s]
+        reason = explain(self._memory)
+        if reason and (possible or not actions):  # a policy that fails has a reason, too, for doing nothing
             self._note(reason)
-        done = await asyncio.gather(*map(self._do, actions))
+        done = await asyncio.gather(*map(self._do, possible))
         self._moves += any(isinstance(action, ChangeRole) for action in done)
         self._starts += sum(isinstance(action, Start) for action in done)
         self._migrations += sum(isinstance(action, Migrate) for action in done)

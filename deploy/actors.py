@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -97,6 +98,7 @@ class WorkerActor(Actor):
 
     def __init__(self, settings: WorkerSettings, model: Path) -> None:
         self._progress = 0.0
+        self._began = time.monotonic()  # loading counts as starting
         self._room = ray.util.get_current_placement_group()
         self._shards: list[Any] = []  # an actor lives as long as somebody has its handle
         super().__init__(lambda: self._worker(settings, model))
@@ -109,7 +111,7 @@ class WorkerActor(Actor):
         start = partial(self._start_shards, settings, model)  # settings as given: a shard's address is its own node's
         settings = dataclasses.replace(settings, identity=_here(settings.identity))
         self._assembled = assemble(settings, model, start, self._report)
-        return self._assembled.worker(settings)
+        return self._assembled.worker(settings, self._began)
 
     def _start_shards(self, settings: WorkerSettings, model: Path, address: str) -> list[int]:
         config, room = settings.config, self._room

@@ -44,10 +44,11 @@ class NodeStores:
 
     def deserted(self, used: Iterable[str]) -> dict[str, list[StoreInfo]]:
         """Nodes with stores that are neither in `used` nor the first -> those of their stores that have started."""
+        kept = {self._home, *used}
         return {
             node: [store.info for store in stores if isinstance(store.info, StoreInfo)]
             for node, stores in self._stores.items()
-            if node not in {self._home, *used} and not stores[0].stopping_s
+            if node not in kept and not stores[0].stopping_s
         }
 
     def clear(self, node: str) -> None:

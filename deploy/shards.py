@@ -48,13 +48,13 @@ class Assembled:
     shard_pids: tuple[int, ...]  # rank -> process
     rendezvous: Rendezvous | None = None  # of several shards; to be kept for as long as they are linked
 
-    def worker(self, settings: WorkerSettings) -> Worker:
-        """The service around it, yet to be started."""
+    def worker(self, settings: WorkerSettings, began: float | None = None) -> Worker:
+        """The service around it, yet to be started. `began`: when this process did, if not now."""
         approximate = None
         if settings.config.kv_quantization == "int8":
             codec = Int8Codec(self.runner.shard.part(self.runner.layout))
             approximate = EncodedBlocks(self.runner, codec)
-        return Worker(self.runner, settings, approximate, self.shard_pids)
+        return Worker(self.runner, settings, approximate, self.shard_pids, began)
 
 
 def assemble(
