@@ -146,13 +146,15 @@ def _shrink(
 
 
 def _least_missed(spec: Spec, left: list[Member], wanted: Mapping[Role, int]) -> Member | None:
-    """Of the role with the most workers too many, who has the least to finish; nobody if `least` does not allow it."""
+    """Of the role with the most workers too many: who has the least to finish, of equals who came last, for whom a node
+    was perhaps rented. Nobody if `least` does not allow it."""
     have = _have(left)
     alone = sum(wanted.values()) == 1  # then the last worker has both roles
     for role in sorted(have, key=lambda r: wanted.get(r, 0) - have[r]):
         if have[role] == 1 and spec.disaggregated and not alone:
             continue
-        member = min((member for member in left if member.role == role), key=to_finish)
+        candidates = (member for member in left if member.role == role)
+        member = min(candidates, key=lambda m: (*to_finish(m)[:2], -m.since_s, m.id))  # of equals, the newest
         if shards_of(left) - member.shards >= max(spec.least, 1):
             return member
     return None

@@ -114,25 +114,24 @@ class Controller:
 
     async def _act(self, actions: Sequence[Action], now_s: float) -> None:
         possible = [a for a in actions if not isinstance(a, Start) or now_s >= self._no_start_before_s]
-        reason = explain(self._memory)
-        if reason and (possible or not actions):  # a policy that fails has a reason, too, for doing nothing
-            self._note(reason)
-        done = await asyncio.gather(*map(self._do, possible))
+        words = await asyncio.gather(*map(self._do, possible))
+        done = [action for action, said in zip(possible, words, strict=True) if said]
+        # a policy that fails has a reason, too, for doing nothing
+        reason = explain(self._memory) if done or not actions else ""
+        for said in filter(None, (reason, *words)):
+            self._note(said)
         self._moves += any(isinstance(action, ChangeRole) for action in done)
         self._starts += sum(isinstance(action, Start) for action in done)
         self._migrations += sum(isinstance(action, Migrate) for action in done)
 
-    async def _do(self, action: Action) -> Action | None:
-        """The action, if it was done and made a difference."""
+    async def _do(self, action: Action) -> str:
+        """What was done, in words; empty when that made no difference, or failed."""
         try:
             async with asyncio.timeout(ACT_S):
-                words = await self._cluster.act(action)
+                return await self._cluster.act(action)
         except (TandemError, TimeoutError) as error:
             self._note(f"{action} failed: {error or 'no answer in time'}")
-            return None
-        if words:
-            self._note(words)
-        return action if words else None
+            return ""
 
     def _hear(self, seen: Observation, now_s: float) -> None:
         for reason in seen.failed:

@@ -17,6 +17,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from cluster.store_messages import BlockKey
+from kvstore.recency import Recency
 
 
 class Name(NamedTuple):
@@ -33,11 +34,12 @@ class BlockPool:
         self.total = num_blocks
         self._changes = changes
         self._references = [0] * num_blocks  # block id -> sequences and transfers that use it
-        self._name: list[Name | None] = [None] * num_blocks  # block id -> what it can be found by
+        self._hash: list[bytes | None] = [None] * num_blocks  # block id -> what it can be found by
         self._by_hash: dict[bytes, int] = {}  # hash -> block id; the inverse of the list above
+        self._name: list[Name | None] = [None] * num_blocks  # block id -> what a store would be told of it
         self._offered = [False] * num_blocks  # block id -> a store has it, or was asked to take it
         self._blank = deque(range(num_blocks))  # unreferenced, nothing worth keeping in them
-        self._cached: OrderedDict[int, None] = OrderedDict()  # unreferenced and hit-able, least recently used first
+        self._cached = Recency(num_blocks)  # unreferenced and hit-able, least recently used first
         self._unoffered: OrderedDict[int, None] = OrderedDict()  # those of them that no store was offered, same order
 
     @property
@@ -68,9 +70,8 @@ class BlockPool:
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """Block ids of the longest cached prefix of the chain; takes a reference on each."""
-        found = []
-        for name in hashes:
-            block = self.find(name)
+        found: list[int] = []
+        for block in map(self._by_hash.get, hashes):
             if block is None:
                 break
             found.append(block)
@@ -81,44 +82,65 @@ class BlockPool:
         """That many blocks with one reference each, or None and nothing changes. Evicts only when none is blank."""
         if count > self.free_count:
             return None
-        blocks = [self._blank.popleft() if self._blank else self._evict() for _ in range(count)]
+        blank, references = self._blank, self._references
+        blocks = [blank.popleft() for _ in range(min(count, len(blank)))]
+        if len(blocks) < count:
+            blocks += self._evict(count - len(blocks))
         for block in blocks:
-            self._references[block] = 1
+            references[block] = 1
         return blocks
 
     def retain(self, block_ids: Sequence[int]) -> None:
         """One more reference on each, for a second user of the same bytes."""
+        references = self._references
         for block in block_ids:
-            if self._references[block] == 0:
-                del self._cached[block]  # a KeyError here is a caller that kept the id of a block it had freed
-                self._unoffered.pop(block, None)
-            self._references[block] += 1
+            if references[block] == 0:
+                self._cached.remove(block)  # one that is not in is of a caller that kept the id of a block it had freed
+                if self._unoffered:
+                    self._unoffered.pop(block, None)
+            references[block] += 1
 
     def free(self, block_ids: Sequence[int], *, oldest: bool = False) -> None:
         """Drop one reference on each, tail first: a block is useless without those before it, so it goes sooner.
 
         `oldest`: blocks that were the least recently used when they were retained are so again."""
+        references, hashes, names = self._references, self._hash, self._name
+        cached: list[int] = []
         for block in reversed(block_ids):
-            assert self._references[block] > 0, f"block {block} is freed twice"
-            self._references[block] -= 1
-            if self._references[block]:
+            left = references[block] - 1
+            assert left >= 0, f"block {block} is freed twice"
+            references[block] = left
+            if left:
                 continue
-            if self._name[block] is None:
+            if hashes[block] is None:
                 self._blank.append(block)
                 continue
-            for order in (self._cached,) if self._offered[block] else (self._cached, self._unoffered):
-                order[block] = None
+            cached.append(block)
+            if names[block] is not None and not self._offered[block]:
+                self._unoffered[block] = None
                 if oldest:
-                    order.move_to_end(block, last=False)
+                    self._unoffered.move_to_end(block, last=False)
+        if oldest:
+            self._cached.extend_oldest(cached)
+        else:
+            self._cached.extend(cached)
 
     def register(self, block_id: int, key: BlockKey, tenant: str, exact: bool = True) -> None:
         """A referenced block is full and can be hit by its hash, unless another block has that hash already."""
-        assert self._references[block_id] > 0, f"block {block_id} is registered after it was freed"
-        if self._name[block_id] is None and key.hash not in self._by_hash:
+        self.register_all((block_id,), (key.hash,))
+        if self._name[block_id] is None and self._by_hash.get(key.hash) == block_id:
             self._name[block_id] = Name(key, tenant, exact)
-            self._by_hash[key.hash] = block_id
-            if self._changes is not None:
-                self._changes.append((key.hash, True))
+
+    def register_all(self, block_ids: Iterable[int], hashes: Iterable[bytes]) -> None:
+        """The same for many, of which nobody knows more than the hashes: no store is ever offered them."""
+        references, known, by_hash, changes = self._references, self._hash, self._by_hash, self._changes
+        for block, name in zip(block_ids, hashes, strict=True):
+            assert references[block] > 0, f"block {block} is registered after it was freed"
+            if known[block] is None and name not in by_hash:
+                known[block] = name
+                by_hash[name] = block
+                if changes is not None:
+                    changes.append((name, True))
 
     # ------------------------------------------------------------------------------------------------------- stores
     def offer(self, block_ids: Iterable[int]) -> list[tuple[int, Name]]:
@@ -139,20 +161,25 @@ class BlockPool:
     def reset_offers(self) -> None:
         """The store has lost what it had."""
         self._offered = [False] * self.total
-        self._unoffered = self._cached.copy()
+        self._unoffered = OrderedDict((block, None) for block in self._cached if self._name[block] is not None)
 
     # -------------------------------------------------------------------------------------------------------- rules
-    def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
-        self._unoffered.pop(block, None)
-        name = self._name[block]
-        assert name is not None
-        del self._by_hash[name.key.hash]
-        self._name[block] = None
-        self._offered[block] = False
-        if self._changes is not None:
-            self._changes.append((name.key.hash, False))
-        return block
+    def _evict(self, count: int) -> list[int]:
+        """So many of the least recently used cached blocks, without their names."""
+        hashes, names, by_hash, changes = self._hash, self._name, self._by_hash, self._changes
+        blocks = self._cached.take(count)
+        for block in blocks:
+            gone = hashes[block]
+            assert gone is not None
+            hashes[block] = None
+            del by_hash[gone]
+            if names[block] is not None:
+                names[block] = None
+                self._offered[block] = False
+                self._unoffered.pop(block, None)
+            if changes is not None:
+                changes.append((gone, False))
+        return blocks
 
     def check(self) -> None:
         """Raise AssertionError unless every block is in exactly one place and the two hash maps are inverse."""
@@ -162,8 +189,9 @@ class BlockPool:
         assert len(blank) == len(self._blank), "a block is blank twice"
         assert len(used) + len(blank) + len(cached) == self.total, "free + used != total"
         assert used | blank | cached == set(range(self.total))
-        assert {n.key.hash: b for b, n in enumerate(self._name) if n is not None} == self._by_hash
-        assert all(self._name[block] is not None for block in cached)
-        assert all(self._name[block] is None for block in blank)
-        assert list(self._unoffered) == [block for block in self._cached if not self._offered[block]]
+        assert {name: block for block, name in enumerate(self._hash) if name is not None} == self._by_hash
+        assert all(self._hash[block] is not None for block in cached)
+        assert all(self._hash[block] is None for block in blank)
+        assert all(n.key.hash == self._hash[block] for block, n in enumerate(self._name) if n is not None)
+        assert list(self._unoffered) == [b for b in self._cached if self._name[b] and not self._offered[b]]
         assert not any(self._offered[block] for block, name in enumerate(self._name) if name is None)

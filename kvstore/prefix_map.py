@@ -9,7 +9,7 @@ network, and a copy of what others said, so good for choosing a worker and never
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -59,10 +59,17 @@ class PrefixMap:
 
     def put(self, owner: int, hashes: Iterable[bytes]) -> None:
         bit, live, masks, new = self._bit(owner), self._live, self._masks, 0
+        share = self._sharing()
+        alone = share(bit, bit)
         for name in hashes:
-            mask = masks.get(name, 0)
+            mask = masks.get(name)
+            if mask is None:
+                masks[name] = alone
+                new += 1
+                continue
             if not mask & bit:
-                masks[name] = self._share(mask & live | bit)
+                mask = mask & live | bit
+                masks[name] = share(mask, mask)
                 new += 1
             masks.move_to_end(name)
         self._counts[owner] += new
@@ -73,16 +80,18 @@ class PrefixMap:
         self._sweep()
 
     def delete(self, owner: int, hashes: Iterable[bytes]) -> None:
-        bit, live, masks = self._bit(owner), self._live, self._masks
+        bit, masks, gone = self._bit(owner), self._masks, 0
+        others, share = self._live & ~bit, self._sharing()
         for name in hashes:
             mask = masks.get(name, 0)
             if not mask & bit:
                 continue
-            self._counts[owner] -= 1
-            if rest := mask & live & ~bit:
-                masks[name] = self._share(rest)
+            gone += 1
+            if rest := mask & others:
+                masks[name] = share(rest, rest)
             else:
                 del masks[name]
+        self._counts[owner] -= gone
         self._sweep()
 
     def count(self, owner: int) -> int:
@@ -118,21 +127,23 @@ class PrefixMap:
         assert self._live & bit, f"owner {owner} has left, or never joined"
         return bit
 
-    def _share(self, mask: int) -> int:
+    def _sharing(self) -> Callable[[int, int], int]:
+        """To be called with a mask, twice: the one object for masks that are equal to it."""
         if len(self._shared) >= MAX_SHARED:
             self._shared.clear()  # owners come and go over the months
-        return self._shared.setdefault(mask, mask)
+        return self._shared.setdefault
 
     def _sweep(self) -> None:
         """A little at a time, so that no change ever waits for the whole map. Bits of those who left cannot come back:
         whatever changes a mask leaves them out."""
         if not self._sweeping:
             return
+        share = self._sharing()
         for name in self._unswept[-SWEEP:]:
             mask = self._masks.get(name, 0)
             if mask & ~self._live:
                 if rest := mask & self._live:
-                    self._masks[name] = self._share(rest)
+                    self._masks[name] = share(rest, rest)
                 else:
                     del self._masks[name]
         del self._unswept[-SWEEP:]

@@ -72,13 +72,11 @@ def outlook(table: FleetTable, max_sequences: int, throughput: Throughput) -> Ou
     """Of a fleet whose workers run at most `max_sequences` each."""
     if not len(table):
         return Outlook(math.inf, math.inf, 0, math.inf)
-    step, token, pair, step_tokens = _takers(table)
-    per_ms = (step_tokens / np.maximum(1e-6, step + token * step_tokens + pair * step_tokens**2 / 2)).sum()
-    compute_ms = 1 / float(per_ms)
+    compute_ms = table.fixed(_compute_ms)
     full = (table.blocks_free <= 0) & (table.batch > 0)  # what comes would wait there for others to end
     slots = np.where(full, 0.0, np.maximum(0.0, max_sequences + 1 - table.batch))
-    decoders = ~table.prefill if not table.prefill.all() else table.prefill
-    return Outlook(table.backlog_ms(), throughput.token_ms(compute_ms), int(slots[decoders].sum()), compute_ms)
+    decoders = slots[table.decode] if table.decoders else slots
+    return Outlook(table.backlog_ms(), throughput.token_ms(compute_ms), int(decoders.sum()), compute_ms)
 
 
 def alone_ms(table: FleetTable, tokens: int) -> float:
@@ -170,6 +168,13 @@ def _room_for(queue: FairQueue, item: Waiting, limits: Limits, outlook: Outlook,
 def _ms(tokens: float, outlook: Outlook) -> float:
     """Until that many waiting tokens have gone; none take no time even where nobody is there."""
     return tokens * outlook.token_ms if tokens else 0.0
+
+
+def _compute_ms(table: FleetTable) -> float:
+    """Of a prompt token, over all who take prompts."""
+    step, token, pair, step_tokens = _takers(table)
+    per_ms = (step_tokens / np.maximum(1e-6, step + token * step_tokens + pair * step_tokens**2 / 2)).sum()
+    return 1 / float(per_ms)
 
 
 def _takers(table: FleetTable) -> Floats:

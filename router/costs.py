@@ -56,7 +56,7 @@ class Costs:
         self._token_bytes = table.block_bytes / table.block_size
         if depths.size <= table.highest_owner:
             depths = np.pad(depths, (0, table.highest_owner + 1 - depths.size))
-        self._blocks = depths[table.owner]
+        self._blocks = depths.take(table.owner)
         self.device: Floats = np.minimum(self._blocks * float(table.block_size), self._most)
         self.fetched: Floats | None = None  # tokens it would fetch; None: nobody fetches any
         self.fetch: Floats | None = None
@@ -99,9 +99,9 @@ class Costs:
         longer = per_sequence + per_context * (self._tokens + new_tokens / 2)  # the time between tokens of the batch
         self.decode: Floats = new_tokens * (table.itl_ms + longer)
         self.others: Floats = new_tokens * table.batch * longer
-        full = table.blocks_free < -(-(self._tokens + new_tokens) // table.block_size)
-        if full.any():
-            self.decode *= 1.0 + full
+        free, needed = table.blocks_free, -(-(self._tokens + new_tokens) // table.block_size)
+        if free.item(free.argmin()) < needed:
+            self.decode *= 1.0 + (free < needed)
 
     @property
     def prompt(self) -> Floats:
@@ -117,10 +117,11 @@ class Costs:
         """[prefill, workers]: from the workers of those rows to every worker."""
         table = self.table
         size = (-(-self._tokens // table.block_size) - self._blocks) * float(table.block_bytes)
-        step = table.prefill_rates[3][prefill, None] * self._token_bytes
-        near = table.node[prefill, None] == table.node
+        step = table.prefill_rates[3].take(prefill)[:, None] * self._token_bytes
+        near = table.node.take(prefill)[:, None] == table.node
         per_handoff, per_byte = np.where(near, table.memory_rates[:, None], table.remote_rates[:, None])
-        exposed: Floats = np.maximum(per_byte * np.minimum(size, step), per_byte * size - self.compute[prefill, None])
+        hidden = self.compute.take(prefill)[:, None]
+        exposed: Floats = np.maximum(per_byte * np.minimum(size, step), per_byte * size - hidden)
         exposed += per_handoff
         self._handoffs.update(zip(prefill.tolist(), exposed, strict=True))
         return exposed
@@ -130,18 +131,18 @@ class Costs:
         at = decode if prefill is None else prefill
         if prefill is not None and prefill not in self._handoffs:
             self.handoff(np.array([prefill]))
-        interference = (self.table.batch[decode] + 1) * self.compute[decode]
+        table, compute_ms = self.table, self.compute.item(at)
         return Terms(
-            prefill=None if prefill is None else self.table.id(prefill),
-            decode=self.table.id(decode),
-            queue_ms=float(self.table.queue_ms[at]),
-            prefill_ms=float(self.compute[at]),
-            fetch_ms=0.0 if self.fetch is None else float(self.fetch[at]),
-            handoff_ms=0.0 if prefill is None else float(self._handoffs[prefill][decode]),
-            decode_ms=float(self.decode[decode]),
-            others_ms=float(self.others[decode] + (interference if prefill is None else 0.0)),
-            device_tokens=int(self.device[at]),
-            fetched_tokens=0 if self.fetched is None else int(self.fetched[at]),
+            prefill=None if prefill is None else table.id(prefill),
+            decode=table.id(decode),
+            queue_ms=table.queue_ms.item(at),
+            prefill_ms=compute_ms,
+            fetch_ms=0.0 if self.fetch is None else self.fetch.item(at),
+            handoff_ms=0.0 if prefill is None else self._handoffs[prefill].item(decode),
+            decode_ms=self.decode.item(decode),
+            others_ms=self.others.item(decode) + ((table.batch.item(at) + 1) * compute_ms if prefill is None else 0.0),
+            device_tokens=int(self.device.item(at)),
+            fetched_tokens=0 if self.fetched is None else int(self.fetched.item(at)),
         )
 
 

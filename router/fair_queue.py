@@ -63,9 +63,15 @@ class _Level:
         service = tenant.service if tenant else 0.0
         return service if name in self.active else max(service, self.floor())
 
+    def tenant(self, name: str) -> _Tenant:
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            tenant = self.tenants[name] = _Tenant()
+        return tenant
+
     def push(self, item: Waiting) -> None:
         service = self.counter(item.tenant)
-        tenant = self.tenants.setdefault(item.tenant, _Tenant())
+        tenant = self.tenant(item.tenant)
         tenant.service = service
         tenant.waiting[item.id] = item
         tenant.tokens += item.tokens
@@ -109,7 +115,7 @@ class FairQueue:
     def push(self, item: Waiting) -> None:
         """Add a request; its id must not be in the queue."""
         assert item.id not in self._items, f"request {item.id} waits already"
-        self._levels.setdefault(item.priority, _Level()).push(item)
+        self._level(item.priority).push(item)
         self._items[item.id] = item
         self.tokens += item.tokens
         if item.deadline_s is not None:
@@ -138,8 +144,7 @@ class FairQueue:
     def charge(self, tenant: str, tokens: float, priority: int = 0) -> None:
         """Weighted tokens a tenant was given outside `pop`: output, or (negative) a prompt that was found in a
         cache."""
-        level = self._levels.setdefault(priority, _Level())
-        level.tenants.setdefault(tenant, _Tenant()).service += tokens
+        self._level(priority).tenant(tenant).service += tokens
 
     def ahead(self, item: Waiting) -> int:
         """Prompt tokens predicted to leave before `item`, which may be waiting already or not yet.
@@ -181,6 +186,12 @@ class FairQueue:
                 finishes[name] -= item.tokens
                 if not queues[name]:
                     del queues[name]
+
+    def _level(self, priority: int) -> _Level:
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = _Level()
+        return level
 
     def _take(self, item: Waiting, charged: bool) -> None:
         self._levels[item.priority].take(item, charged)

@@ -66,7 +66,7 @@ def place(
     `depths` maps owners' numbers to leading blocks of the prompt, as PrefixMap.lookup gives them; owners beyond its end
     have none. `rng` serves the policies that draw. Raises Unavailable when nobody is left.
     """
-    eligible = _eligible(table, ask.excluded)
+    eligible, candidates = _eligible(table, ask.excluded)
     costs = Costs(table, ask.tokens, ask.new_tokens, depths)
     (prefill, decode), other = POLICIES[policy](costs, eligible, rng or _RNG)
     chosen = costs.terms(prefill, decode)
@@ -74,20 +74,23 @@ def place(
         Route(chosen.prefill, chosen.decode),
         chosen,
         costs.terms(*other) if other else None,
-        int((eligible.prefill | eligible.decode).sum()),
+        candidates,
         policy,
         max(0, ask.tokens - chosen.device_tokens - chosen.fetched_tokens),
     )
 
 
-def _eligible(table: FleetTable, excluded: frozenset[str]) -> Eligible:
-    prefill, decode = table.prefill, ~table.prefill
+def _eligible(table: FleetTable, excluded: frozenset[str]) -> tuple[Eligible, int]:
+    """Who may serve, and how many those are."""
+    prefill, decode, decoders = table.prefill, table.decode, table.decoders
     gone = [row for row in map(table.row, excluded) if row is not None]
     if gone:
-        prefill = prefill.copy()
+        prefill, decode = prefill.copy(), decode.copy()
         prefill[gone] = decode[gone] = False
-    if not decode.any():
+        decoders = int(decode.sum())
+    if not decoders:
         prefill, decode = decode, prefill
-    if not decode.any():
+    candidates = len(table) - len(gone)
+    if not candidates:
         raise Unavailable("no worker is connected that could serve this; retry, and see /status", retry_after_s=RETRY_S)
-    return Eligible(prefill, decode)
+    return Eligible(prefill, decode), candidates

@@ -40,17 +40,18 @@ def least_time(costs: Costs, eligible: Eligible, _: random.Random) -> tuple[Pair
     prompts spread, and so do those that share no more than their first blocks."""
     prompt, table = costs.prompt, costs.table
     output = np.where(eligible.decode, costs.decode + costs.others, np.inf)
-    like = max(LIKE_MS, LIKE_PART * float(prompt.min()))
+    like = max(LIKE_MS, LIKE_PART * prompt.item(prompt.argmin()))
     alone = prompt + output + costs.interference
     rows = _candidates(prompt, eligible.prefill, table, like)
-    totals = prompt[rows, None] + costs.handoff(rows) + output  # [candidates, workers]
-    least, least_pair = float(alone.min()), float(totals.min(initial=np.inf))
+    totals = prompt.take(rows)[:, None] + costs.handoff(rows) + output  # [candidates, workers]
+    least = alone.item(alone.argmin())
+    least_pair = totals.item(totals.argmin()) if rows.size else np.inf
     if least_pair < least:
         candidate = int((totals.min(axis=1) <= least_pair + like).argmax())  # the first is the one used least recently
         chosen = int(rows[candidate]), int(totals[candidate].argmin())
         totals[candidate, chosen[1]] = np.inf
         return chosen, _least(alone, rows, totals)
-    equal = np.flatnonzero(alone <= least + like)
+    equal = (alone <= least + like).nonzero()[0]
     decode = int(equal[table.last_used(equal).argmin()])
     alone[decode] = np.inf
     return (None, decode), _least(alone, rows, totals)
@@ -58,15 +59,15 @@ def least_time(costs: Costs, eligible: Eligible, _: random.Random) -> tuple[Pair
 
 def _candidates(prompt: Floats, eligible: Bools, table: FleetTable, like: float) -> Ints:
     """Rows of the best prefill workers, those used least recently first."""
-    rows = np.flatnonzero(eligible)
+    rows = eligible.nonzero()[0]
     if rows.size > CANDIDATES:
-        times = prompt[rows]
-        equal = rows[times <= times.min() + like]
+        times = prompt.take(rows)
+        equal = rows[times <= times.item(times.argmin()) + like]
         if equal.size < CANDIDATES:
-            rows = rows[np.argpartition(times, CANDIDATES - 1)[:CANDIDATES]]
+            rows = rows[times.argpartition(CANDIDATES - 1)[:CANDIDATES]]
         else:
-            rows = equal[np.argpartition(table.last_used(equal), CANDIDATES - 1)[:CANDIDATES]]
-    return rows[np.argsort(table.last_used(rows))]
+            rows = equal[table.last_used(equal).argpartition(CANDIDATES - 1)[:CANDIDATES]]
+    return rows[table.last_used(rows).argsort()]
 
 
 def _least(alone: Floats, rows: Ints, totals: Floats) -> Pair | None:

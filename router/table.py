@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ Bools = npt.NDArray[np.bool_]
 Depths = npt.NDArray[np.int32]  # owner's number -> leading blocks of a prompt that it has
 
 FLOATS = 14
+LOADS = 4  # of those, the first: what changes all the time
 INTS = 3
 
 
@@ -60,6 +62,8 @@ class FleetTable:
         self.block_size = block_size
         self.block_bytes = block_bytes
         self._ids: list[str] = []  # row -> worker, sorted
+        self._rows: dict[str, int] = {}  # worker -> row
+        self._fixed: dict[str, tuple[Role, str, int, Rates]] = {}  # worker -> what hardly ever changes
         self._nodes: dict[str, int] = {}  # node -> its number
         self._stores: Ints = np.zeros((2, 0), dtype=np.int64)  # column of a store: its owner's number, its node's
         self._placements = 0
@@ -81,7 +85,11 @@ class FleetTable:
         self.node: Ints = ints[1]
         self._used: Ints = ints[2]  # the last placement that used it
         self.rows: Ints = np.arange(len(prefill))
-        self.prefill = prefill  # whether its role is prefill; the others decode
+        self.prefill = prefill  # whether its role is prefill
+        self.decode = ~prefill  # the others
+        self.decoders = int(self.decode.sum())  # how many those are
+        self._rows = {worker_id: row for row, worker_id in enumerate(self._ids)}
+        self._derived: dict[Callable[[FleetTable], float], float] = {}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -94,12 +102,37 @@ class FleetTable:
         return self._ids[row]
 
     def row(self, worker_id: str) -> int | None:
-        at = bisect.bisect_left(self._ids, worker_id)
-        return at if at < len(self._ids) and self._ids[at] == worker_id else None
+        return self._rows.get(worker_id)
 
     def put(self, view: WorkerView) -> None:
         """Add that worker, or bring its row up to date."""
-        row = self.row(view.id)
+        fixed = view.role, view.node, view.owner, view.rates
+        if self._fixed.get(view.id) != fixed:
+            self._put_fixed(view)
+            self._fixed[view.id] = fixed
+            self._derived = {}
+        self.load(
+            view.id,
+            view.running + view.sent_sequences,
+            view.waiting_tokens + view.sent_tokens,
+            view.context_tokens + view.sent_context,
+            view.blocks_free - -(-view.sent_context // self.block_size),
+        )
+
+    def load(self, worker_id: str, sequences: int, queued: int, context: int, blocks_free: int) -> None:
+        """What a worker that is in the table has to do now, with what was sent to it: `queued` prompt tokens."""
+        rates = self._fixed[worker_id][3]
+        per_step, per_token, _ = rates.prefill
+        self._floats[:LOADS, self._rows[worker_id]] = (
+            per_step * -(-queued // rates.step_tokens) + per_token * queued,  # whose contexts nobody reports
+            sequences,
+            decode_ms(rates, sequences, context) if sequences else rates.decode[0],
+            blocks_free,
+        )
+
+    def _put_fixed(self, view: WorkerView) -> None:
+        """That worker's row, but for its load."""
+        row = self._rows.get(view.id)
         if row is None:
             row = bisect.bisect_left(self._ids, view.id)
             self._ids.insert(row, view.id)
@@ -109,31 +142,25 @@ class FleetTable:
                 np.insert(self.prefill, row, False),
             )
         self.prefill[row] = view.role == "prefill"
+        self.decode[row] = not self.prefill[row]
+        self.decoders = int(self.decode.sum())
         self.highest_owner = max(self.highest_owner, view.owner)
         self.owner[row], self.node[row] = view.owner, self._node(view.node)
-        rates, queued = view.rates, view.waiting_tokens + view.sent_tokens
-        per_step, per_token, per_pair = rates.prefill
-        batch, context = view.running + view.sent_sequences, view.context_tokens + view.sent_context
-        self._floats[:, row] = (
-            per_step * -(-queued // rates.step_tokens) + per_token * queued,  # whose contexts nobody reports
-            batch,
-            decode_ms(rates, batch, context) if batch else rates.decode[0],
-            view.blocks_free - -(-view.sent_context // self.block_size),
-            per_step,
-            per_token,
-            per_pair,
-            rates.step_tokens,
-            rates.decode[1],
-            rates.decode[2],
-            *rates.memory,
-            *rates.remote,
-        )
+        rates = view.rates
+        columns = (*rates.prefill, rates.step_tokens, *rates.decode[1:], *rates.memory, *rates.remote)
+        self._floats[LOADS:, row] = columns
+
+    def fixed(self, figure: Callable[[FleetTable], float]) -> float:
+        """What that function says of the table, if nothing that it looks at is a worker's load."""
+        if figure not in self._derived:
+            self._derived[figure] = figure(self)
+        return self._derived[figure]
 
     def remove(self, worker_id: str) -> None:
         """Forget that worker; when there is none by that id, nothing happens."""
         row = self.row(worker_id)
         if row is not None:
-            del self._ids[row]
+            del self._ids[row], self._fixed[worker_id]
             self._lay_out(
                 np.delete(self._floats, row, axis=1),
                 np.delete(self._ints, row, axis=1),
@@ -169,12 +196,14 @@ class FleetTable:
 
     def last_used(self, rows: Ints) -> Ints:
         """Of those workers, a number that is less the longer one was not used; no two are alike."""
-        used: Ints = self._used[rows] * len(self._ids) + rows
+        used: Ints = self._used.take(rows) * len(self._ids) + rows
         return used
 
     def store_depths(self, depths: Depths) -> tuple[Floats, int]:
         """How many leading blocks the stores on each worker's own node have, and how many any store has."""
         owners, nodes = self._stores
+        if not owners.size:
+            return np.zeros(len(self._ids)), 0
         if depths.size <= self.highest_owner:
             known = owners < depths.size
             owners, nodes = owners[known], nodes[known]

@@ -11,7 +11,8 @@ Conversations are closed loops: a turn comes some time after the answer before i
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, islice
 from typing import Annotated, Any
@@ -78,9 +79,20 @@ def ppd(trace: Trace, rates: Sequence[float], seconds: float, seed: int) -> tupl
     return rows, results
 
 
+@contextmanager
+def _extremes() -> Iterator[None]:
+    """Two more policies beside the router's."""
+    extremes = {"always_split": always_split, "always_append": always_append}
+    POLICIES.update(extremes)
+    try:
+        yield
+    finally:
+        for name in extremes:
+            del POLICIES[name]
+
+
+@_extremes()
 def ways(trace: Trace, seed: int) -> tuple[list[Row], Results]:
-    # under names of their own beside the router's policies, for this process
-    POLICIES.update({"always_split": always_split, "always_append": always_append})
     rows, results = [], []
     for name, changes in WAYS.items():
         fields = {"prefill": 2, "seed": seed} | changes

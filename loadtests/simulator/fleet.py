@@ -131,7 +131,7 @@ class Fleet:
         sent.tokens += tokens
         sent.sequences += 1
         sent.context += context
-        self._put(self.workers[worker_id])
+        self._load(self.workers[worker_id])
 
     def report(self) -> None:
         """Every worker that has changed says what it has."""
@@ -139,7 +139,7 @@ class Fleet:
             if worker.id in self.workers and worker.id not in self.draining:
                 worker.report()
                 self._sent[worker.id] = Sent()
-                self._put(worker)
+                self._load(worker)
         self._changed.clear()
 
     def report_caches(self) -> None:
@@ -155,29 +155,28 @@ class Fleet:
     def _tell(self, owner: int, changes: list[tuple[bytes, bool]]) -> None:
         latest = dict(changes)
         changes.clear()
-        self.map.put(owner, [name for name, there in latest.items() if there])
-        self.map.delete(owner, [name for name, there in latest.items() if not there])
+        if there := [name for name, hit in latest.items() if hit]:
+            self.map.put(owner, there)
+        if len(there) < len(latest):
+            self.map.delete(owner, [name for name, hit in latest.items() if not hit])
 
     def _put(self, worker: Worker) -> None:
+        """The worker's row, new or with another role."""
         if worker.id in self.draining:
             return
+        owner, node, blocks = self._owners[worker.id], _node(worker.node), worker.pool.total
+        self.table.put(WorkerView(worker.id, worker.role, node, owner, 0, 0, 0, blocks, blocks, worker.rates))
+        self._load(worker)
+
+    def _load(self, worker: Worker) -> None:
+        """The same of what it has to do alone, which is far more often."""
         sent, load = self._sent[worker.id], worker.load
-        self.table.put(
-            WorkerView(
-                worker.id,
-                worker.role,
-                _node(worker.node),
-                self._owners[worker.id],
-                load.sequences,
-                load.waiting_tokens,
-                load.context_tokens,
-                load.blocks_free,
-                worker.pool.total,
-                worker.rates,
-                sent.tokens,
-                sent.sequences,
-                sent.context,
-            )
+        self.table.load(
+            worker.id,
+            load.sequences + sent.sequences,
+            load.waiting_tokens + sent.tokens,
+            load.context_tokens + sent.context,
+            load.blocks_free - -(-sent.context // self.table.block_size),
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from cluster.store_messages import BlockKey
 from loadtests.simulator.trace import TraceRequest
 
 if TYPE_CHECKING:
@@ -75,7 +74,6 @@ class Job:
         "handed",
         "handing",
         "id",
-        "keyed",
         "last_token_s",
         "names",
         "number",
@@ -92,7 +90,6 @@ class Job:
         self.request = request
         self.arrival_s = arrival_s
         self.names = names  # of its full blocks, the prompt's and, where the trace knows them, the output's
-        self.keyed: list[BlockKey] | None = None
         self.produced = 0
         self.first_token_s = -1.0
         self.last_token_s = -1.0
@@ -106,12 +103,6 @@ class Job:
         self.available = 0  # tokens whose KV the prefill leg has in its node's store
         self.handed = 0  # of those, on the decode leg's worker
         self.handing = False  # some of them are on their way
-
-    def keys(self, block_size: int) -> list[BlockKey]:
-        """The names as block pools want them; both legs register the same ones."""
-        if self.keyed is None:
-            self.keyed = [BlockKey(name, block_size) for name in self.names]
-        return self.keyed
 
     @property
     def tokens(self) -> int:

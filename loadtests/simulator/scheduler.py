@@ -98,9 +98,8 @@ class Scheduler:
         job = sequence.job
         full = min(sequence.computed // self._block_size, len(job.names))
         if full > sequence.registered:
-            register, keys, table = self.pool.register, job.keys(self._block_size), sequence.table
-            for index in range(sequence.registered, full):
-                register(table[index], keys[index], "")
+            first = sequence.registered
+            self.pool.register_all(sequence.table[first:full], job.names[first:full])
             sequence.registered = full
 
     def stop_running(self, sequence: Sequence) -> None:

@@ -21,7 +21,7 @@ NODES_S = 90.0
 def test_the_pool_gets_its_nodes_and_gives_them_back(
     tiny: Path, tmp_path: Path, record_property: Callable[[str, Any], None]
 ) -> None:
-    """The head has room for one worker; two more need a node each."""
+    """The head has room for one worker; two more need a node each, and one of them at least is not needed later."""
     wanted = tmp_path / "workers"
     wanted.write_text("1")
     oracle = Oracle(load_architecture(tiny).vocab_size)
@@ -54,6 +54,8 @@ def test_the_pool_gets_its_nodes_and_gives_them_back(
             assert served.complete(prompt, 8, ignore_eos=True).tokens == oracle(prompt, 8)
             wanted.write_text("1")
             settle("seconds until there was one worker", lambda: connected() == 1)
-            settle("more until there was one node", lambda: ray.nodes() == 1)
+            # whose worker stays is the plan's choice: the head's, or one more node's
+            settle("more until nodes were given back", lambda: ray.nodes() <= 2)
+            settle("more until their stores were forgotten", lambda: len(served.status()["stores"]) == ray.nodes())
             assert served.complete(prompt, 8, ignore_eos=True).tokens == oracle(prompt, 8)
             served.assert_no_leaks()

@@ -111,7 +111,8 @@ def test_roles_follow_the_mix_of_the_traffic(tiny: Path, record_property: Callab
         traffic(served, tiny, users=12, kind=PREFILL_HEAVY) as made,
     ):
         settle(served, made, lambda: roles(served).count("prefill") == 3)
-        time.sleep(HOLD_S)
+        moved = time.monotonic()
+        settle(served, made, lambda: time.monotonic() - moved > HOLD_S)
         made.kind = DECODE_HEAVY
         took = settle(served, made, lambda: roles(served).count("decode") >= 2)
         record_property("seconds until the ratio followed", took)

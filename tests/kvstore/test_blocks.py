@@ -206,3 +206,23 @@ def test_check_notices_a_broken_book() -> None:
     pool._references[0] = 1
     with pytest.raises(AssertionError):
         pool.check()
+
+
+def test_blocks_known_by_hash_alone_are_hit_and_evicted_and_never_offered() -> None:
+    changes: list[tuple[bytes, bool]] = []
+    pool = BlockPool(3, changes)
+    blocks = pool.allocate(2) or []
+    pool.register_all(blocks, [name(0), name(1)])
+    assert pool.offer(blocks) == []
+    pool.free(blocks)
+    pool.check()
+    assert pool.expendable_count == 3
+    assert pool.oldest_unoffered(9) == []
+    found = pool.match([name(0), name(1), name(2)])
+    assert found == blocks
+    pool.free(found)
+    pool.reset_offers()
+    pool.check()
+    pool.allocate(3)
+    assert changes == [(name(0), True), (name(1), True), (name(1), False), (name(0), False)]
+    pool.check()
