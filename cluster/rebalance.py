@@ -105,7 +105,9 @@ def cover(spec: Spec, members: Sequence[Member], needs: Needs | None, memory: Me
 def _missing(members: Sequence[Member], needs: Needs | None) -> tuple[ChangeRole, ...]:
     there = serving(members, "prefill", "decode", "both")
     if len(there) == 1:
-        return () if there[0].role == "both" else (ChangeRole(there[0].id, "both"),)
+        # one that starts, perhaps again, has a role; routers do without it meanwhile
+        comes = any(member.state == "starting" for member in members)
+        return () if comes or there[0].role == "both" else (ChangeRole(there[0].id, "both"),)
     roles = {member.id: member.role for member in there}
     for member in sorted((m for m in there if m.role == "both"), key=to_finish):
         roles[member.id] = _shorter(there, roles, needs)

@@ -219,3 +219,9 @@ def test_sequences_that_become_more_are_counted_ahead() -> None:
 
 def test_sequences_on_another_worker_are_no_growth() -> None:
     assert growing(["d", "e"], 6) == []
+
+
+def test_the_only_other_worker_keeps_its_role_while_one_starts_again() -> None:
+    back = [member("p", "prefill"), member("d", "decode", state="starting")]
+    assert decide(back, Demand())[0] == []
+    assert decide(back[:1], Demand())[0] == [ChangeRole("p", "both")]

@@ -30,7 +30,7 @@ SETTINGS = {
     "TANDEM_SIM_MS": "4,0.1,0", "TANDEM_STEP_TIMEOUT": str(STALLED_S),
     "TANDEM_WORKER_TIMEOUT": str(STALLED_S), "TANDEM_STORE_MEMORY": str(2**24), "TANDEM_TOKEN_BUDGET": "64",
 }  # fmt: skip
-# not by time: steps of so few milliseconds are soonest computed where they are decoded, and nothing would be handed over
+# not by time: steps this short are soonest computed where they are decoded, and nothing would be handed over
 GRIDS = ("--prefill-tp", "2", "--decode-tp", "2", "--decode-pp", "2", "--placement", "least_loaded")
 
 
