@@ -1,6 +1,6 @@
 """What this router tells the controller: how many requests came, how large, how fast, and what waits.
 
-The report is the router's registration in the membership, repeated every second, and at once when something waits and
+The report is the router's registration in the membership, repeated twice a second, and at once when something waits and
 there is no worker at all, because then nothing happens before the controller has read it. Counters are this process's;
 rates are for the reader to make (`cluster/demand.py`). It reads nothing and decides nothing.
 """
@@ -18,7 +18,7 @@ from cluster.membership import Membership
 from cluster.messages import RouterInfo
 from router.gate import Gate
 
-REPORT_S = 1.0
+REPORT_S = 0.5
 WATCH_S = 0.05  # how soon "at once" is
 LATELY_S = 10.0  # of deliveries that the mean times are of
 

@@ -16,9 +16,8 @@ class Histogram:
     def __init__(self) -> None:
         self.count = 0
         self.sum = 0.0
-        self._counts: defaultdict[int, int] = defaultdict(
-            int
-        )  # bucket -> weight; bucket i holds RATIO**i .. RATIO**(i+1)
+        # bucket -> weight; bucket i holds RATIO**i .. RATIO**(i+1)
+        self._counts: defaultdict[int, float] = defaultdict(float)
 
     def add(self, value: float, weight: int = 1) -> None:
         self.count += weight
@@ -39,6 +38,22 @@ class Histogram:
             self._counts[bucket] += inside * weight
             first, steps = first + slope * inside, steps - inside
 
+    def scattered(self, error: float) -> Histogram:
+        """The same values, each times a random factor of mean 1 whose mean distance from 1 is `error` (log-normal)."""
+        if error <= 0:
+            return self
+        sigma = error * math.sqrt(math.pi / 2) / _LOG  # in buckets
+        middle = -sigma * sigma * _LOG / 2
+        reach = range(math.floor(middle - 4 * sigma), math.ceil(middle + 4 * sigma) + 1)
+        kernel = [(shift, math.exp(-(((shift - middle) / sigma) ** 2) / 2)) for shift in reach]
+        whole = sum(weight for _, weight in kernel)
+        made = Histogram()
+        made.count, made.sum = self.count, self.sum
+        for bucket, count in self._counts.items():
+            for shift, weight in kernel:
+                made._counts[bucket + shift] += count * weight / whole
+        return made
+
     @property
     def mean(self) -> float:
         return self.sum / self.count if self.count else 0.0
@@ -54,7 +69,7 @@ class Histogram:
 
     def points(self) -> list[tuple[float, float]]:
         """(value, share of the weight at or below it), ascending: the distribution function."""
-        total, points = 0, []
+        total, points = 0.0, list[tuple[float, float]]()
         for bucket, weight in sorted(self._counts.items()):
             total += weight
             points.append((float(RATIO ** (bucket + 0.5)) if bucket > -(10**9) else 0.0, total / self.count))

@@ -146,6 +146,7 @@ class Recorder:
         slo = self._settings
         good = int(((ttft <= slo.ttft_slo_ms) & (itl <= slo.itl_slo_ms)).sum())
         span_s = self.last_arrival_s or 1.0
+        gaps = self._scattered_gaps()
         return {
             "requests": self.requests_total,
             "finished": len(ttft),
@@ -157,7 +158,7 @@ class Recorder:
             "ttft_mean_ms": float(ttft.mean()) if len(ttft) else 0.0,
             **_percentiles("ttft", ttft),
             "itl_mean_ms": self.gaps.mean,
-            **{f"itl_p{share}_ms": self.gaps.quantile(share / 100) for share in (50, 90, 99)},
+            **{f"itl_p{share}_ms": gaps.quantile(share / 100) for share in (50, 90, 99)},
             "itl_request_p90_ms": float(np.percentile(itl, 90)) if len(itl) else 0.0,
             "hit_ratio": self.hit_tokens / max(1, self.began_tokens),
             "prompt_tokens": self.prompt_tokens_total,
@@ -173,7 +174,13 @@ class Recorder:
         return [float(value) for value in np.percentile(ttft, np.arange(101))] if len(ttft) else []
 
     def itl_quantiles_ms(self) -> list[float]:
-        return [self.gaps.quantile(share / 100) for share in range(101)] if self.gaps.count else []
+        gaps = self._scattered_gaps()
+        return [gaps.quantile(share / 100) for share in range(101)] if gaps.count else []
+
+    def _scattered_gaps(self) -> Histogram:
+        """Steps here take what is predicted; real ones are as far off as workers say that their predictions are."""
+        rates = self._settings.decode_rates or self._settings.rates
+        return self.gaps.scattered(rates.decode_error)
 
 
 def _percentiles(name: str, values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:

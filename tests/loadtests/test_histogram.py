@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from loadtests.simulator.histogram import Histogram
@@ -29,3 +31,16 @@ def test_a_line_is_its_values(first: float, slope: float, steps: int) -> None:
 def test_an_empty_one_says_nothing() -> None:
     assert Histogram().mean == Histogram().quantile(0.5) == 0.0
     assert Histogram().points() == []
+
+
+def test_scatter_keeps_the_mean_and_widens_the_tails() -> None:
+    gaps = Histogram()
+    gaps.add(40.0, 1000)
+    same, wide = gaps.scattered(0.0), gaps.scattered(0.2)
+    assert same is gaps
+    assert wide.mean == gaps.mean
+    sigma = 0.2 * math.sqrt(math.pi / 2)
+    for share, deviations in ((0.1, -1.2816), (0.5, 0.0), (0.9, 1.2816)):
+        expected = 40.0 * math.exp(deviations * sigma - sigma**2 / 2)
+        assert wide.quantile(share) == pytest.approx(expected, rel=0.02)
+    assert wide.points()[-1][1] == pytest.approx(1.0)
