@@ -59,7 +59,7 @@ class Config(pydantic.BaseModel):
     prefill_pp: int = Field(1, ge=1, le=64, description="pipeline stages of a prefill worker")
     decode_tp: int = Field(1, ge=1, le=64, description="tensor parallel ranks of a decode worker")
     decode_pp: int = Field(1, ge=1, le=64, description="pipeline stages of a decode worker")
-    threads: int = Field(0, ge=0, description="CPU threads per shard; 0: cores / shards")
+    threads: int = Field(0, ge=0, description="CPU threads per shard; 0: cores / most shards")
     runner: Literal["torch", "sim"] = Field("torch", description="sim: no weights, tokens from a hash")
     sim_ms: tuple[float, float, float] = Field(
         (0.0, 0.0, 0.0), description="sim runner: milliseconds of a step, per computed token, per token of context"
@@ -212,13 +212,14 @@ def _nearest(key: str) -> str:
 
 def resolved(config: Config) -> Config:
     """The same configuration with every "auto" replaced by a value for this machine."""
-    workers = config.prefill + config.decode
+    most = config.budget[1]  # those that may be started later need their part, too
+    workers = -(-(config.prefill + config.decode) * most // config.shards)
     # bf16 is only faster where the CPU multiplies it natively; elsewhere torch emulates it
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if _native_bf16() else "float32")
     return config.model_copy(
         update={
             "dtype": dtype,
-            "threads": config.threads or max(1, (os.cpu_count() or 1) // config.shards),
+            "threads": config.threads or max(1, (os.cpu_count() or 1) // most),
             "kv_memory": config.kv_memory or psutil.virtual_memory().available // (4 * workers),
             "store_memory": config.store_memory or _store_memory(Path(SHM), Path(tempfile.gettempdir())),
         }

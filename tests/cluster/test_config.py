@@ -136,3 +136,11 @@ def test_token_ids_are_not_quantized() -> None:
     assert load(None, {}, {"kv_quantization": "int8"}).kv_quantization == "int8"
     with pytest.raises(ConfigError, match=r"kv_quantization.*sim"):
         load(None, {}, {"kv_quantization": "int8", "runner": "sim"})
+
+
+def test_workers_that_may_be_started_later_have_their_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=800))
+    alone, elastic = (resolved(Config(scale=scale, store_memory=1)) for scale in ("", "2..8"))
+    assert (alone.threads, alone.kv_memory) == (8, 100)
+    assert (elastic.threads, elastic.kv_memory) == (2, 25)
