@@ -10,8 +10,9 @@ from tests.serving import Served, serving
 
 @pytest.fixture(scope="package")
 def disaggregated(smollm2: Path) -> Iterator[Served]:
-    """SmolLM2 in fp32, one prefill and one decode worker."""
-    with serving(str(smollm2), "--dtype", "float32") as served:
+    """SmolLM2 in fp32, one prefill and one decode worker. Every prompt is handed over: by time, those of a few tokens
+    would be computed where they are decoded."""
+    with serving(str(smollm2), "--dtype", "float32", "--placement", "least_loaded") as served:
         yield served
 
 
