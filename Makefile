@@ -1,5 +1,5 @@
 # make serve   serve the demo model on http://127.0.0.1:8000
-# make test    lint, types and tests: what CI runs
+# make test    lint, types and tests: what CI runs; make unit, make e2e: a part of the tests
 # make bench   measure this machine and Tandem on it
 # make soak    5,000 requests with faults: minutes
 # Every target makes the virtual environment itself when pyproject.toml or constraints.txt changed.
@@ -11,8 +11,15 @@ ARGS ?=
 serve: $(STAMP)
 	$(VENV)/bin/tandem serve $(ARGS)
 
+# side by side: the end-to-end tests mostly wait, for processes that start, die and come back
 test: lint types
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(MAKE) --no-print-directory -j2 unit e2e
+
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --ignore tests/e2e $(ARGS)
+
+e2e: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/e2e $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -34,4 +41,4 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: serve test lint types bench soak
+.PHONY: serve test unit e2e lint types bench soak
