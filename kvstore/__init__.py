@@ -1,6 +1,6 @@
 """Where KV lives once it has left, or before it reaches, a worker's cache.
 
-    names and bytes      hashing  layout  part  blocks, recency (a worker's pool)  copying  prefix_map
+    names and bytes      hashing  layout  part  blocks recency (a worker's pool)  copying  prefix_map
     a store's state      slabs  ledger  eviction  tiers  chain  limits           no sockets
     a store's memory     arena  presence  disk  block_file  write_behind
     a store's calls      server  handoff_verbs  block_verbs  operator_verbs  frames  buffers
