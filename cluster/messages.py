@@ -249,7 +249,7 @@ class RouterInfo:
     pid: int
     requests_total: int
     prompt_tokens_total: int  # arrived
-    uncached_tokens_total: int  # those of them that no worker had when their request was placed
+    uncached_tokens_total: int  # those of them that were computed, counted with the first token
     output_tokens_total: int  # delivered
     waiting: int  # requests held back in it
     waiting_tokens: int  # uncached prompt tokens of those

@@ -64,10 +64,6 @@ class Mirror:
             await asyncio.gather(self._task, return_exceptions=True)
         await self._link.close()
 
-    def store_owner(self, store_id: str) -> int | None:
-        """The store's number in the prefix map. None: it has no blocks that are known here."""
-        return self._stores.get(store_id)
-
     def stores(self) -> tuple[tuple[str, int], ...]:
         """(store id, its number in the prefix map) of all that have blocks, as of now."""
         return tuple(self._stores.items())

@@ -1,6 +1,6 @@
 """What may wait for a worker, when the next request goes to one, and when to give one up: decided from values.
 
-No clock, no fleet, no state but `Throughput`'s two sums; the router (`router/gate.py`) and the simulator decide by the
+No clock, no fleet, no state but `Throughput`'s sums; the router (`router/gate.py`) and the simulator decide by the
 same functions. Requests wait in the router, because there they can be ordered, counted and refused; a worker's own
 queue is kept just long enough that it never runs dry (`AHEAD_MS`). Refusing early and saying when to come back is
 kinder than a queue without end: clients obey Retry-After, and one that is refused for too long gives up (openai-python
@@ -55,6 +55,28 @@ class Throughput:
     def __init__(self) -> None:
         self._ms = 0.0
         self._tokens = 0.0
+        self._since_s: float | None = None  # since when something has waited; None: nothing does
+        self._waited_ms = 0.0  # since tokens were last observed
+        self._served = 0  # prompt tokens, meanwhile
+
+    def served(self, tokens: int) -> None:
+        """A prompt of so many tokens has its first output."""
+        if self._since_s is not None:
+            self._served += tokens
+
+    def advance(self, now_s: float, waiting: bool) -> None:
+        """It is that time, and something waits, or nothing does. Time counts only while something does, and is told
+        when a prompt is done: a long one takes many looks."""
+        if self._since_s is not None:
+            self._waited_ms += 1000 * (now_s - self._since_s)
+        if self._served:
+            self.observe(self._waited_ms, self._served)
+            self._waited_ms, self._served = 0.0, 0
+        self._since_s = now_s if waiting else None
+
+    def pause(self) -> None:
+        """There is nobody whose throughput could be measured."""
+        self._since_s = None
 
     def observe(self, waited_ms: float, tokens: int) -> None:
         """Something waited all that time, in which prompts of so many tokens had their first output."""

@@ -19,13 +19,12 @@ from typing import Any
 from cluster.errors import Moved, TandemError
 from router import chains
 from router.attempt import Attempt
+from router.expectations import OutputLength
 from router.fleet import Fleet
 from router.request import Delta, Progress, Request
 
 ATTEMPTS = 3
 MOVES = 16  # more than any plan has reason for: a worker that gives up whatever it gets must not turn this into a loop
-TYPICAL_TOKENS = 128  # of output, before any request has ended
-TYPICAL_PART = 1 / 32  # of what is typical comes from the latest
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class Dispatcher:
     def __init__(self, fleet: Fleet, request_timeout_s: float) -> None:
         self._fleet = fleet
         self._request_timeout_s = request_timeout_s
-        self._typical_tokens = float(TYPICAL_TOKENS)
+        self._outputs = OutputLength()
         self._background: set[asyncio.Task[None]] = set()
 
     async def serve(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -44,7 +43,7 @@ class Dispatcher:
 
         Close the iterator (`contextlib.aclosing`) when leaving early: that is what aborts the legs.
         """
-        progress = Progress(request, request.arrival_s + self._request_timeout_s, max(1, round(self._typical_tokens)))
+        progress = Progress(request, request.arrival_s + self._request_timeout_s, self._outputs)
         error: TandemError | None = None
         failures = moves = 0
         while failures < ATTEMPTS and moves < MOVES:
@@ -54,7 +53,7 @@ class Dispatcher:
                 while True:
                     delta = await attempt.next()
                     if delta.finish:
-                        self._typical_tokens += TYPICAL_PART * (len(progress.tokens) - self._typical_tokens)
+                        self._outputs.observe(len(progress.tokens))
                     yield delta
                     if delta.finish:
                         return

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from cluster.errors import DeadlineExceeded, Overloaded, TandemError, Unavailable
 from router.admission import Limits, Outlook, Throughput, admit, alone_ms, hopeless, may_go, outlook, refusal, too_late
+from router.expectations import ComputedShare
 from router.fair_queue import OUTPUT_WEIGHT, FairQueue, Waiting
 from router.metrics import Metrics
 from router.table import FleetTable
@@ -31,7 +32,6 @@ POLL_S = 0.25  # it looks at least this often while something waits: a worker th
 PAUSE_S = 0.002  # and at most this often: a large fleet reports thousands of times a second
 NOBODY_S = 2.0  # a worker that was lost comes back, or another in its stead
 UNPLACED_S = 5.0  # a request that is not placed by then has ended before
-SHARE_WEIGHT = 0.05  # of the latest request in what an estimated prompt token comes to
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +128,10 @@ class Gate:
         self._settings = settings
         self._metrics = metrics
         self._throughput = Throughput()
-        self._share = 1.0  # computed prompt tokens per estimated one: prefix hits, and estimates that are off
+        self._computed = ComputedShare()
         self._places: dict[str, _Place] = {}  # request id -> who waits
         self._through: dict[str, Pass] = {}  # request id -> who went, and is in no worker's figures yet
         self._something_waits = asyncio.Event()
-        self._waiting_since: float | None = None  # the last look, if something waited after it
-        self._waited_ms = 0.0  # since the throughput was measured
-        self._served = 0  # prompt tokens, meanwhile
         self._task: asyncio.Task[None] | None = None
         metrics.watch(self.queue)
 
@@ -190,19 +187,18 @@ class Gate:
 
     def learn(self, estimated: int, computed: int) -> None:
         """What was taken for so many prompt tokens came to so many that were computed."""
-        self._share += SHARE_WEIGHT * (computed / max(1, estimated) - self._share)
+        self._computed.observe(estimated, computed)
 
     def served(self, tokens: int) -> None:
         """A prompt that was taken for so many tokens has its first output."""
-        if self.queue:
-            self._served += tokens
+        self._throughput.served(tokens)
 
     def _admitted(self, entering: Entering, view: Outlook) -> _Place:
         """Its place, once those have left that make room for it."""
         now_s = time.monotonic()
         if math.isinf(view.backlog_ms) and not self._settings.hold_for_start:
             raise _nobody()
-        tokens = max(1, round(entering.prompt_tokens * self._share))
+        tokens = self._computed.of(entering.prompt_tokens)
         deadline_s = None if entering.ttft_s is None else now_s + entering.ttft_s
         item = Waiting(entering.id, entering.tenant, entering.priority, tokens, now_s, deadline_s)
         alone = 0.0 if deadline_s is None else alone_ms(self._workers.table, tokens)
@@ -248,19 +244,10 @@ class Gate:
                 error = too_late(self.queue, item, view, view.backlog_ms + alone, random.random())
                 self._give_up(item, error, "late")
         if math.isinf(view.backlog_ms):
-            self._waiting_since = None  # nobody's throughput is measured
+            self._throughput.pause()
             return
-        self._measure(now_s)
         self._let_through(view, now_s)
-        self._waiting_since = now_s if self.queue else None
-
-    def _measure(self, now_s: float) -> None:
-        """Time counts while something waits, and is told when a prompt is done: a long one takes many looks."""
-        if self._waiting_since is not None:
-            self._waited_ms += 1000 * (now_s - self._waiting_since)
-        if self._served:
-            self._throughput.observe(self._waited_ms, self._served)
-            self._waited_ms, self._served = 0.0, 0
+        self._throughput.advance(now_s, bool(self.queue))
 
     def _let_through(self, view: Outlook, now_s: float) -> None:
         self._through = {name: passage for name, passage in self._through.items() if not passage.is_placed(now_s)}

@@ -125,7 +125,7 @@ class Reporter:
             needy = await self._until_next(needy)
 
     async def _until_next(self, needy: bool) -> bool:
-        """Wait a second, or less when a worker has come to be needed since. Returns whether one is."""
+        """Wait `REPORT_S`, or less when a worker has come to be needed since. Returns whether one is."""
         until = time.monotonic() + REPORT_S
         while time.monotonic() < until:
             await asyncio.sleep(WATCH_S)

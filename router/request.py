@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from cluster.messages import FinishReason, Sampling
+from router.expectations import OutputLength
 from router.placement import Decision
 
 
@@ -42,7 +43,7 @@ class Progress:
 
     request: Request
     deadline: float  # monotonic seconds
-    typical_tokens: int  # of output: what others have had lately
+    outputs: OutputLength  # what others have had lately
     tokens: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     failed: set[str] = field(default_factory=set)  # ids of workers that failed this request
@@ -53,6 +54,6 @@ class Progress:
 
     @property
     def expected_tokens(self) -> int:
-        """Still to come: as many as are typical, again and again, until no more are allowed."""
+        """Still to come: as many as others have, until no more are allowed."""
         rest = self.request.sampling.max_tokens - len(self.tokens)
-        return max(1, min(rest, self.typical_tokens - len(self.tokens) % self.typical_tokens))
+        return max(1, min(rest, self.outputs.remaining(len(self.tokens))))

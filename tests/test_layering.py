@@ -25,6 +25,7 @@ PURE = {
         "router.table",
         "router.admission",
         "router.fair_queue",
+        "router.expectations",
     },
     "kvstore": {"kvstore.prefix_map", "kvstore.blocks", "kvstore.eviction", "kvstore.hashing"},
 }

@@ -24,12 +24,9 @@ from loadtests.simulator.settings import SimSettings
 from loadtests.simulator.trace import TraceRequest
 from loadtests.simulator.worker import Worker
 from router.admission import Limits, Outlook, Throughput, admit, may_go, outlook
+from router.expectations import ComputedShare, OutputLength
 from router.fair_queue import OUTPUT_WEIGHT, FairQueue, Waiting
 from router.placement import Ask, place
-
-OUTPUT_GUESS = 256.0  # tokens, before anything has finished
-SHARE_WEIGHT = 0.05  # of the latest prompt in the part of a prompt that had to be computed, as in `router/gate.py`
-GUESS_WEIGHT = 0.02  # of the latest request in the mean of how many tokens outputs have
 
 
 class Router:
@@ -44,11 +41,10 @@ class Router:
         self._rng = random.Random(settings.seed)
         self._throughput = Throughput()
         self._limits = Limits(settings.max_queue)
-        self._guess = OUTPUT_GUESS
-        self._share = 1.0  # of a prompt's tokens, those that have to be computed
+        self._outputs = OutputLength()
+        self._computed = ComputedShare()
         self._view: Outlook | None = None  # None: workers have reported since it was last needed
         self._gone_requests = self._gone_tokens = 0  # that it does not show
-        self._waited_s = 0.0  # since when something has been waiting
         self._fetches: dict[Sequence, int] = {}  # sequence that is to fetch -> node it fetches from
         self.ended: Callable[[TraceRequest], None] = lambda request: None  # told when a request has ended
 
@@ -62,7 +58,7 @@ class Router:
         if job.last > self._settings.blocks * size:
             self._refuse(job)  # no worker could ever hold it: a client gets 400
             return
-        tokens = max(1, round(request.prompt_tokens * self._share))
+        tokens = self._computed.of(request.prompt_tokens)
         item = Waiting(job.id, request.tenant, request.priority, tokens, self._events.now)
         view = self._outlook()
         try:
@@ -75,7 +71,7 @@ class Router:
             self.queue.remove(other.id)
             self._refuse(self.live.pop(other.id))
         self.live[job.id] = job
-        self._enqueue(item)
+        self.queue.push(item)
         self._release()
 
     def _refuse(self, job: Job) -> None:
@@ -95,34 +91,26 @@ class Router:
             self._gone_requests = self._gone_tokens = 0
         return self._view
 
-    def _enqueue(self, item: Waiting) -> None:
-        if not self.queue:
-            self._waited_s = self._events.now
-        self.queue.push(item)
-
     def _release(self) -> None:
         while self.queue and may_go(self._outlook(), self._gone_requests, self._gone_tokens):
             item = self.queue.pop()
             assert item is not None
-            waited_ms = 1000 * (self._events.now - self._waited_s)
-            self._waited_s = self._events.now
             job = self.live[item.id]
             if not self._place(job):
-                self._enqueue(item)
-                return
-            if waited_ms:
-                self._throughput.observe(waited_ms, job.uncached)
-            self._share += SHARE_WEIGHT * (job.uncached / job.tokens - self._share)
+                self.queue.push(item)
+                break
+            self._computed.observe(job.tokens, job.uncached)
             self._gone_requests += 1
             self._gone_tokens += job.uncached
             self.queue.charge(item.tenant, job.uncached - item.tokens, item.priority)
+        self._throughput.advance(self._events.now, bool(self.queue))
 
     # --------------------------------------------------------------------------------------------------------- legs
     def _place(self, job: Job) -> bool:
         """Choose its workers and send them its legs. False: nobody is there."""
         fleet, tokens = self.fleet, job.tokens
         depths = fleet.map.lookup(job.names[: (tokens - 1) // self._settings.block_size])
-        new_tokens = max(1, round(self._guess) - job.produced)
+        new_tokens = self._outputs.remaining(job.produced)
         try:
             ask = Ask(tokens, new_tokens, job.excluded)
             decision = place(fleet.table, ask, depths, self._settings.placement, self._rng)
@@ -177,7 +165,7 @@ class Router:
             self._fetches.pop(leg, None)
         job.prefill = job.decode = None
         request = job.request
-        self._enqueue(Waiting(job.id, request.tenant, request.priority, job.tokens, job.arrival_s))
+        self.queue.push(Waiting(job.id, request.tenant, request.priority, job.tokens, job.arrival_s))
         self._events.after(0.0, self.look)
 
     # ------------------------------------------------------------------------------------- what workers say (Hands)
@@ -222,6 +210,7 @@ class Router:
             job.first_token_s = self._events.now
             job.cached = sequence.hit
             self._recorder.began(job)
+            self._throughput.served(job.uncached)
         if sequence is job.prefill:
             job.produced = sequence.tokens - job.request.prompt_tokens
 
@@ -244,7 +233,7 @@ class Router:
         job.produced = job.request.output_tokens
         job.finish_s = self._events.now
         job.prefill = job.decode = None
-        self._guess += GUESS_WEIGHT * (job.produced - self._guess)
+        self._outputs.observe(job.produced)
         self.queue.charge(job.request.tenant, OUTPUT_WEIGHT * job.produced, job.request.priority)
         del self.live[job.id]
         self._recorder.finished(job)

@@ -45,7 +45,7 @@ def test_a_constant_load_moves_nothing() -> None:
 
 
 def test_workers_come_when_they_are_needed_and_go_when_not() -> None:
-    trace = [*mixed(20, 2.0, 600, 30), *mixed(40, 50.0, 900, 30, start=20.0), *mixed(150, 1.0, 600, 30, start=60.0)]
+    trace = [*mixed(20, 2.0, 600, 30), *mixed(40, 100.0, 900, 30, start=20.0), *mixed(150, 1.0, 600, 30, start=60.0)]
     run = Watched(
         trace,
         settings(workers=4, scale=(2, 12), autoscaling="slo", start_s=5.0, ttft_slo_ms=1000, itl_slo_ms=30),

@@ -227,3 +227,16 @@ def test_delay_stays_within_what_clients_obey(waits: int, view: Outlook, jitter:
 def test_jitter_spreads_retries() -> None:
     queue = filled(waiting(tokens=20_000))
     assert retry_after_s(queue, READY, 0.0) < retry_after_s(queue, READY, 0.5) < retry_after_s(queue, READY, 0.99)
+
+
+def test_throughput_counts_time_only_while_something_waits() -> None:
+    throughput = Throughput()
+    throughput.served(1_000)  # while nothing waits: says nothing
+    throughput.advance(10.0, waiting=True)
+    throughput.advance(12.0, waiting=True)
+    throughput.served(500)
+    throughput.advance(14.0, waiting=False)
+    throughput.advance(99.0, waiting=True)
+    expected = Throughput()
+    expected.observe(4_000.0, 500)
+    assert throughput.token_ms(1.0) == expected.token_ms(1.0)
