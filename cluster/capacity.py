@@ -81,10 +81,11 @@ def needs(
     demand: Demand,
     now_s: float,
     patience_s: float = 0.0,
-    growth: float = 0.0,
+    lately: tuple[float, float] | None = None,
 ) -> Needs | None:
-    """None while no worker has said how fast it is. What waits may take the TTFT SLO and `patience_s` more; `growth`:
-    decoding sequences more per second, which are counted ahead, since outputs show their length only as they grow."""
+    """None while no worker has said how fast it is. What waits may take the TTFT SLO and `patience_s` more; `lately`:
+    (decoding sequences, more of them per second), which are counted ahead, since outputs show their length only as they
+    grow; None: as many as there are now."""
     if not any(member.rates for member in members):
         return None
     typical = _typical(members, demand)
@@ -95,8 +96,9 @@ def needs(
     waiting = demand.waiting_tokens + sum(member.waiting_tokens for member in prefillers)
     prompt_ms = 1000 * typical.uncached / prefill_speed
     in_time_s = max(spec.ttft_slo_ms, 2 * prompt_ms) / 1000 + patience_s
+    running, growth = lately or (float(sum(member.running for member in decoders)), 0.0)
     growth = max(0.0, growth)
-    running = sum(member.running for member in decoders) + growth * AHEAD_S
+    running += growth * AHEAD_S
     prefill, decode = demand.uncached_tokens_s / prefill_speed, demand.output_tokens_s / decode_speed
     queued = waiting / prefill_speed / in_time_s - QUEUE_SHARE * shards_of(prefillers)
     return Needs(

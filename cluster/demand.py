@@ -1,8 +1,10 @@
 """What clients ask for per second, from the counters that routers report.
 
-Routers come, go and restart: a router counts from the second time it is seen, and one whose counters went back has
-begun anew. The rates are over the last half minute, unless the last few seconds say clearly otherwise: then those
-count. So a steady demand is known precisely and a change soon. Pure; told the time. Refuses to forecast.
+What waits in a router has arrived as well, although its counters know only what went on to workers: else a queue that
+is served would look like demand long after the clients ask for something else. Routers come, go and restart: a router
+counts from the second time it is seen, and one whose counters went back has begun anew. The rates are over the last
+half minute, unless the last few seconds say clearly otherwise: then those count. So a steady demand is known precisely
+and a change soon. Pure; told the time. Refuses to forecast.
 """
 
 from __future__ import annotations
@@ -27,20 +29,22 @@ class DemandMeter:
 
     def __init__(self) -> None:
         self._routers: dict[str, tuple[float, int, _Counts]] = {}  # id -> when seen last, pid, its counters then
-        self._sums: deque[tuple[float, _Counts]] = deque()  # over all routers, oldest first
+        self._total: _Counts = (0, 0, 0, 0)  # of what went on to workers, over all routers
+        self._sums: deque[tuple[float, _Counts]] = deque()  # the same with what waited then, oldest first
         self._now: tuple[RouterInfo, ...] = ()
 
     def observe(self, routers: Iterable[RouterInfo], now_s: float) -> None:
         """What the routers of the deployment say at that time, all of them together."""
         self._now = tuple(routers)
-        total = self._sums[-1][1] if self._sums else (0, 0, 0, 0)
         for router in self._now:
             counts = _counts(router)
             if (last := self._routers.get(router.id)) is not None:
-                total = _add(total, _since(last[1], last[2], router.pid, counts))
+                self._total = _add(self._total, _since(last[1], last[2], router.pid, counts))
             self._routers[router.id] = (now_s, router.pid, counts)
         self._routers = {key: seen for key, seen in self._routers.items() if now_s - seen[0] <= LONG_S}
-        self._sums.append((now_s, total))
+        tokens = sum(router.waiting_tokens for router in self._now)
+        waiting = sum(router.waiting for router in self._now), tokens, tokens, 0
+        self._sums.append((now_s, _add(self._total, waiting)))
         while len(self._sums) > 2 and self._sums[1][0] <= now_s - LONG_S:
             self._sums.popleft()
 
@@ -93,7 +97,8 @@ def _since(pid: int, before: _Counts, now_pid: int, now: _Counts) -> _Counts:
 
 
 def _difference(a: _Counts, b: _Counts) -> _Counts:
-    return (a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3])
+    """Not less than nothing: what waited may have been given up."""
+    return (max(0, a[0] - b[0]), max(0, a[1] - b[1]), max(0, a[2] - b[2]), max(0, a[3] - b[3]))
 
 
 def _changed(short: _Counts, long: _Counts, part: float) -> bool:

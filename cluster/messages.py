@@ -247,8 +247,8 @@ class RouterInfo:
     id: str
     namespace: str
     pid: int
-    requests_total: int
-    prompt_tokens_total: int  # arrived
+    requests_total: int  # that had their turn
+    prompt_tokens_total: int  # of those
     uncached_tokens_total: int  # those of them that were computed, counted with the first token
     output_tokens_total: int  # delivered
     waiting: int  # requests held back in it

@@ -45,7 +45,7 @@ def plan(
     """(actions in the order in which they are to be done, memory for the next call). To be called about twice a second.
     `utc_s`: seconds since midnight UTC, for schedules."""
     memory = _noticed(members, demand, memory, now_s)
-    found = needs(spec, members, demand, now_s, growth=_growth(memory))
+    found = needs(spec, members, demand, now_s, lately=_lately(memory))
     ended, memory = drains(members, memory, now_s)
     notes = memory.notes
     moved, memory = leftovers(members, demand, found, memory, now_s)
@@ -78,10 +78,12 @@ def _noticed(members: Sequence[Member], demand: Demand, memory: Memory, now_s: f
     )
 
 
-def _growth(memory: Memory) -> float:
-    """Sequences per second by which those that decode become more."""
+def _lately(memory: Memory) -> tuple[float, float]:
+    """(mean number of sequences that decode, by how many they become more per second). The mean, because batches that
+    began together end together."""
     (first_s, first), (last_s, last) = memory.decoding[0], memory.decoding[-1]
-    return (last - first) / (last_s - first_s) if last_s - first_s >= TREND_S / 2 else 0.0
+    growth = (last - first) / (last_s - first_s) if last_s - first_s >= TREND_S / 2 else 0.0
+    return sum(count for _, count in memory.decoding) / len(memory.decoding), growth
 
 
 def explain(memory: Memory) -> str:

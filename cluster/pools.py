@@ -109,10 +109,11 @@ Action = Start | ChangeRole | Drain | Migrate | Stop
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """Something that has been worth doing since then, without a break; done once it has been so for long enough."""
+    """Something that has been worth doing since then; done once it has been so for long enough."""
 
     what: str
     since_s: float
+    seen_s: float = 0.0  # when it last was so, where a moment in between in which it is not does not count
 
 
 @dataclass(frozen=True, slots=True)

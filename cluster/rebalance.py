@@ -20,6 +20,7 @@ BUSY = 0.7  # utilisation below which no split is worth changing, even were the 
 MARGIN = 0.15  # a new split is better by this part at least
 ERRORS = 2.5  # standard errors by which either demand may be misjudged
 CONFIRM_S = 1.0
+LAPSE_S = 0.75  # that it may seem otherwise meanwhile: sequences that began together end together
 HOLD_S = 8.5  # between two moves: a mix that changes every ten seconds can be followed
 SAME_HOLD_S = 16.0  # between two in the same direction: the second must not be in the way of the way back
 GROWS_S = 10.0  # that a decode pool which has more sequences every second is taken to go on so, before it has to give
@@ -35,9 +36,11 @@ def ratio(spec: Spec, members: Sequence[Member], needs: Needs | None, memory: Me
     if not spec.disaggregated or needs is None or not prefill or not decode:
         return (), replace(memory, ratio=None)
     flips, to = _better_split(needs, prefill, decode)
+    last = memory.ratio
     if not flips:
-        return (), replace(memory, ratio=None)
-    wish = memory.ratio if memory.ratio and memory.ratio.what == to else Wish(to, now_s)
+        lapsed = last is None or now_s - last.seen_s > LAPSE_S
+        return (), replace(memory, ratio=None if lapsed else last)
+    wish = replace(last, seen_s=now_s) if last and last.what == to else Wish(to, now_s, now_s)
     hold_s = SAME_HOLD_S if to == memory.moved_to else HOLD_S
     held = memory.moved_s is not None and now_s - memory.moved_s < hold_s
     warming = memory.began_s is None or now_s - memory.began_s < WARM_S

@@ -82,6 +82,28 @@ def test_a_change_is_seen_within_seconds_and_chance_is_not_taken_for_one() -> No
     assert meter.demand().output_tokens_s == pytest.approx(22 * 100, rel=0.05)
 
 
+def test_what_waits_has_arrived_and_serving_it_is_no_demand() -> None:
+    """Ten requests a second, of which half wait; then nobody comes any more and the queue is served."""
+    meter = DemandMeter()
+    for second in range(20):
+        meter.observe([router(requests=5 * second, uncached=500 * second, waiting=5 * second)], float(second))
+    demand = meter.demand()
+    assert demand.requests_s == pytest.approx(10)
+    assert demand.uncached_tokens_s == pytest.approx(1000)
+    for second in range(20, 40):
+        left = max(0, 95 - 5 * (second - 19))
+        served = 190 - left
+        meter.observe([router(requests=served, uncached=100 * served, waiting=left)], float(second))
+    assert meter.demand().requests_s == pytest.approx(10 / 3, abs=0.5)  # what came in the first third of half a minute
+
+
+def test_what_waited_and_was_given_up_makes_no_negative_demand() -> None:
+    meter = DemandMeter()
+    meter.observe([router(waiting=50)], 0.0)
+    meter.observe([router()], 5.0)
+    assert (meter.demand().requests_s, meter.demand().uncached_tokens_s) == (0.0, 0.0)
+
+
 def test_a_pause_ends_the_rates() -> None:
     meter = DemandMeter()
     for second in range(100):

@@ -126,6 +126,18 @@ def test_a_decode_pool_that_is_over_its_batch_needs_more_whatever_comes_out_of_i
     assert all(isinstance(action, ChangeRole) and action.role == "decode" for action in actions)
 
 
+@pytest.mark.parametrize(("looks", "moves"), [("+-+", True), ("+--+", False)])
+def test_a_moment_in_which_it_seems_otherwise_does_not_begin_the_confirmation_anew(looks: str, moves: bool) -> None:
+    """Two looks a second; sequences that began together end together."""
+    memory = Memory(began_s=0.0)
+    prefill = [member(f"p{i}", "prefill") for i in range(7)]
+    for half, look in enumerate(looks):
+        decode = member("d", "decode", running=150 if look == "+" else 0)
+        demand = asked(0.5, 2.0) if look == "+" else asked(0.5, 0.1)
+        actions, memory = plan(SPEC, [decode, *prefill], demand, memory, 10 + half / 2)
+    assert bool(actions) == moves
+
+
 def test_a_kv_cache_that_is_too_small_for_the_batch_counts() -> None:
     decode = [member(f"d{i}", "decode", running=4, context_tokens=40_000, kv_tokens=50_000) for i in range(2)]
     prefill = [member(f"p{i}", "prefill") for i in range(6)]
