@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.messages import Role
+from kvstore.blocks import Change
 from kvstore.prefix_map import PrefixMap
 from loadtests.simulator.events import Events
 from loadtests.simulator.histogram import Histogram
@@ -152,13 +153,10 @@ class Fleet:
                 if changes:
                     self._tell(owner, changes)
 
-    def _tell(self, owner: int, changes: list[tuple[bytes, bool]]) -> None:
-        latest = dict(changes)
+    def _tell(self, owner: int, changes: list[Change]) -> None:
+        for names, there in changes:
+            (self.map.put if there else self.map.delete)(owner, names)
         changes.clear()
-        if there := [name for name, hit in latest.items() if hit]:
-            self.map.put(owner, there)
-        if len(there) < len(latest):
-            self.map.delete(owner, [name for name, hit in latest.items() if not hit])
 
     def _put(self, worker: Worker) -> None:
         """The worker's row, new or with another role."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cluster.messages import Rates, Role
-from kvstore.blocks import BlockPool
+from kvstore.blocks import BlockPool, Change
 from loadtests.simulator.batch import Batch
 from loadtests.simulator.events import Events
 from loadtests.simulator.histogram import Histogram
@@ -49,7 +49,7 @@ class Worker:
         self.node = node
         self.role: Role = role
         self.rates = rates
-        self.changes: list[tuple[bytes, bool]] = []  # of what prefix hits can use, since they were reported
+        self.changes: list[Change] = []  # of what prefix hits can use, since they were reported
         self.pool = BlockPool(blocks, self.changes)
         self.batch = Batch(rates, block_size, gaps)
         self.scheduler = Scheduler(self.pool, self.batch, rates, block_size, max_sequences, hands)
