@@ -67,10 +67,10 @@ class Router:
         except Overloaded:
             self._refuse(job)
             return
+        self.live[job.id] = job  # before others end, or it looks as if all had
         for other in displaced:
             self.queue.remove(other.id)
             self._refuse(self.live.pop(other.id))
-        self.live[job.id] = job
         self.queue.push(item)
         self._release()
 
