@@ -18,7 +18,7 @@ from loadtests.simulator.scheduler import Hands
 from loadtests.simulator.settings import SimSettings
 from loadtests.simulator.stores import Stores
 from loadtests.simulator.worker import Worker
-from router.table import FleetTable, WorkerView
+from router.table import FleetTable, Load, WorkerView
 
 
 class Sent:
@@ -139,8 +139,9 @@ class Fleet:
         for worker in self._changed:
             if worker.id in self.workers and worker.id not in self.draining:
                 worker.report()
-                self._sent[worker.id] = Sent()
-                self._load(worker)
+                if self._sent[worker.id].sequences:
+                    self._sent[worker.id] = Sent()
+                self.table.load(worker.id, worker.load)
         self._changed.clear()
 
     def report_caches(self) -> None:
@@ -168,14 +169,14 @@ class Fleet:
 
     def _load(self, worker: Worker) -> None:
         """The same of what it has to do alone, which is far more often."""
-        sent, load = self._sent[worker.id], worker.load
-        self.table.load(
-            worker.id,
-            load.sequences + sent.sequences,
-            load.waiting_tokens + sent.tokens,
-            load.context_tokens + sent.context,
-            load.blocks_free - -(-sent.context // self.table.block_size),
+        sent, (sequences, waiting_tokens, context_tokens, blocks_free) = self._sent[worker.id], worker.load
+        load = Load(
+            sequences + sent.sequences,
+            waiting_tokens + sent.tokens,
+            context_tokens + sent.context,
+            blocks_free - -(-sent.context // self.table.block_size),
         )
+        self.table.load(worker.id, load)
 
 
 def _node(number: int) -> str:

@@ -6,8 +6,6 @@ something arrives meanwhile, the leap ends with the step that is under way then.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from cluster.messages import Rates, Role
 from kvstore.blocks import BlockPool, Change
 from loadtests.simulator.batch import Batch
@@ -15,15 +13,7 @@ from loadtests.simulator.events import Events
 from loadtests.simulator.histogram import Histogram
 from loadtests.simulator.job import Sequence, State
 from loadtests.simulator.scheduler import Hands, Scheduler
-
-
-class Load(NamedTuple):
-    """What a worker says of itself."""
-
-    sequences: int
-    waiting_tokens: int  # of prompts, queued or running, that are to be computed here
-    context_tokens: int
-    blocks_free: int
+from router.table import Load
 
 
 class Worker:
