@@ -28,9 +28,12 @@ class Name(NamedTuple):
     exact: bool = True
 
 
+Change = tuple[list[bytes], bool]  # hashes, and whether they can be hit from now on
+
+
 class BlockPool:
-    def __init__(self, num_blocks: int, changes: list[tuple[bytes, bool]] | None = None) -> None:
-        """`changes` takes (hash, whether it can be hit from now on), in order; whoever gave it empties it."""
+    def __init__(self, num_blocks: int, changes: list[Change] | None = None) -> None:
+        """`changes` takes what happens to hashes, in order; whoever gave it empties it."""
         self.total = num_blocks
         self._changes = changes
         self._references = [0] * num_blocks  # block id -> sequences and transfers that use it
@@ -45,7 +48,7 @@ class BlockPool:
     @property
     def free_count(self) -> int:
         """Blocks nobody references, cached ones included."""
-        return len(self._blank) + len(self._cached)
+        return len(self._blank) + self._cached.count
 
     @property
     def cached_count(self) -> int:
@@ -133,14 +136,15 @@ class BlockPool:
 
     def register_all(self, block_ids: Iterable[int], hashes: Iterable[bytes]) -> None:
         """The same for many, of which nobody knows more than the hashes: no store is ever offered them."""
-        references, known, by_hash, changes = self._references, self._hash, self._by_hash, self._changes
+        references, known, by_hash = self._references, self._hash, self._by_hash
+        new: list[bytes] = []
         for block, name in zip(block_ids, hashes, strict=True):
             assert references[block] > 0, f"block {block} is registered after it was freed"
-            if known[block] is None and name not in by_hash:
+            if known[block] is None and by_hash.setdefault(name, block) == block:
                 known[block] = name
-                by_hash[name] = block
-                if changes is not None:
-                    changes.append((name, True))
+                new.append(name)
+        if new and self._changes is not None:
+            self._changes.append((new, True))
 
     # ------------------------------------------------------------------------------------------------------- stores
     def offer(self, block_ids: Iterable[int]) -> list[tuple[int, Name]]:
@@ -166,19 +170,19 @@ class BlockPool:
     # -------------------------------------------------------------------------------------------------------- rules
     def _evict(self, count: int) -> list[int]:
         """So many of the least recently used cached blocks, without their names."""
-        hashes, names, by_hash, changes = self._hash, self._name, self._by_hash, self._changes
+        hashes, names, by_hash = self._hash, self._name, self._by_hash
         blocks = self._cached.take(count)
+        lost = [name for block in blocks if (name := hashes[block]) is not None]
+        for name in lost:
+            del by_hash[name]
         for block in blocks:
-            gone = hashes[block]
-            assert gone is not None
             hashes[block] = None
-            del by_hash[gone]
             if names[block] is not None:
                 names[block] = None
                 self._offered[block] = False
                 self._unoffered.pop(block, None)
-            if changes is not None:
-                changes.append((gone, False))
+        if self._changes is not None:
+            self._changes.append((lost, False))
         return blocks
 
     def check(self) -> None:

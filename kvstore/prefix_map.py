@@ -61,17 +61,22 @@ class PrefixMap:
         bit, live, masks, new = self._bit(owner), self._live, self._masks, 0
         share = self._sharing()
         alone = share(bit, bit)
+        before: int | None = None  # of the block before: neighbours mostly belong to the same owners
+        after, added = alone, 1
         for name in hashes:
             mask = masks.get(name)
-            if mask is None:
-                masks[name] = alone
-                new += 1
-                continue
-            if not mask & bit:
-                mask = mask & live | bit
-                masks[name] = share(mask, mask)
-                new += 1
-            masks.move_to_end(name)
+            if mask is not before:
+                before = mask
+                if mask is None:
+                    after, added = alone, 1
+                elif mask & bit:
+                    after, added = mask, 0
+                else:
+                    after, added = share(with_it := mask & live | bit, with_it), 1
+            masks[name] = after
+            new += added
+            if mask is not None:
+                masks.move_to_end(name)
         self._counts[owner] += new
         while len(masks) > self._capacity:
             _, mask = masks.popitem(last=False)
@@ -82,13 +87,16 @@ class PrefixMap:
     def delete(self, owner: int, hashes: Iterable[bytes]) -> None:
         bit, masks, gone = self._bit(owner), self._masks, 0
         others, share = self._live & ~bit, self._sharing()
+        before, has, rest = 0, 0, 0  # of the block before, as in `put`
         for name in hashes:
             mask = masks.get(name, 0)
-            if not mask & bit:
+            if mask is not before:
+                before, has, rest = mask, mask & bit, share(left := mask & others, left)
+            if not has:
                 continue
             gone += 1
-            if rest := mask & others:
-                masks[name] = share(rest, rest)
+            if rest:
+                masks[name] = rest
             else:
                 del masks[name]
         self._counts[owner] -= gone

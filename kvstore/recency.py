@@ -16,10 +16,10 @@ class Recency:
         self._end = total  # stands before the first and behind the last
         self._after = [total] * (total + 1)  # number -> the next; of those that are in
         self._before = [-1] * total + [total]  # number -> the one before; -1: it is not in
-        self._count = 0
+        self.count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
         number = self._after[self._end]
@@ -37,7 +37,7 @@ class Recency:
             last = number
         after[last] = end
         before[end] = last
-        self._count += len(numbers)
+        self.count += len(numbers)
 
     def extend_oldest(self, numbers: list[int]) -> None:
         """They are the least recently used, the last of them most."""
@@ -49,7 +49,7 @@ class Recency:
             first = number
         before[first] = end
         after[end] = first
-        self._count += len(numbers)
+        self.count += len(numbers)
 
     def remove(self, number: int) -> None:
         last, following = self._before[number], self._after[number]
@@ -57,7 +57,7 @@ class Recency:
         self._after[last] = following
         self._before[following] = last
         self._before[number] = -1
-        self._count -= 1
+        self.count -= 1
 
     def take(self, count: int) -> list[int]:
         """The least recently used leave, oldest first; there are at least that many."""
@@ -69,5 +69,5 @@ class Recency:
             number = after[number]
         after[end] = number
         before[number] = end
-        self._count -= count
+        self.count -= count
         return taken

@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.errors import Overloaded
 from router.fair_queue import FairQueue, Waiting
-from router.table import FleetTable, Floats
+from router.table import Columns, FleetTable
 
 AHEAD_MS = 250.0  # of work that workers have queued: what they compute while a report and the next prompt travel
 MAX_WAIT_S = 60.0  # nobody is let in whose turn is predicted to come later
@@ -95,10 +95,11 @@ def outlook(table: FleetTable, max_sequences: int, throughput: Throughput) -> Ou
     if not len(table):
         return Outlook(math.inf, math.inf, 0, math.inf)
     compute_ms = table.fixed(_compute_ms)
-    full = (table.blocks_free <= 0) & (table.batch > 0)  # what comes would wait there for others to end
-    slots = np.where(full, 0.0, np.maximum(0.0, max_sequences + 1 - table.batch))
-    decoders = slots[table.decode] if table.decoders else slots
-    return Outlook(table.backlog_ms(), throughput.token_ms(compute_ms), int(decoders.sum()), compute_ms)
+    decoders = table.decoders if table.decoders.size else table.rows
+    batch, free = table.batch[decoders], table.blocks_free[decoders]
+    full = (free <= 0) & (batch > 0)  # what comes would wait there for others to end
+    slots = np.maximum(0.0, max_sequences + 1 - batch)[~full]
+    return Outlook(table.backlog_ms(), throughput.token_ms(compute_ms), int(slots.sum()), compute_ms)
 
 
 def alone_ms(table: FleetTable, tokens: int) -> float:
@@ -199,6 +200,7 @@ def _compute_ms(table: FleetTable) -> float:
     return 1 / float(per_ms)
 
 
-def _takers(table: FleetTable) -> Floats:
-    """[4, workers] rates of those whom prompts are sent to first."""
-    return table.prefill_rates[:, table.prefill] if table.prefill.any() else table.prefill_rates
+def _takers(table: FleetTable) -> Columns:
+    """`prefill_rates` of those whom prompts are sent to first."""
+    rows = table.prefillers if table.prefillers.size else table.rows
+    return tuple(rates[rows] for rates in table.prefill_rates)

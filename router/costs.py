@@ -19,15 +19,14 @@ Linear in `cluster.messages.Rates` throughout. Which of it counts for whom is fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from router.table import Depths, FleetTable, Floats, Ints
+from router.table import Columns, Depths, FleetTable, Floats, Ints
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(NamedTuple):
     """What one route costs."""
 
     prefill: str | None
@@ -67,7 +66,7 @@ class Costs:
         else:
             self.compute = self._compute(self.device)
         self._output(new_tokens)
-        self._handoffs: dict[int, Floats] = {}  # prefill row -> to every worker
+        self._handoffs: tuple[Ints, Ints, Floats] | None = None  # as last asked for: from, to, milliseconds
 
     def _prefix_from_stores(self, near: Floats, best: int) -> None:
         """`near` and `best` are blocks that the stores of each worker's node have, and that any store has."""
@@ -110,27 +109,48 @@ class Costs:
         return total if self.fetch is None else total + self.fetch
 
     @property
+    def output(self) -> Floats:
+        """What its tokens take, and what others wait for them."""
+        return self.decode + self.others
+
+    @property
     def interference(self) -> Floats:
         return (self.table.batch + 1) * self.compute
 
-    def handoff(self, prefill: Ints) -> Floats:
-        """[prefill, workers]: from the workers of those rows to every worker."""
-        table = self.table
-        size = (-(-self._tokens // table.block_size) - self._blocks) * float(table.block_bytes)
-        step = table.prefill_rates[3].take(prefill)[:, None] * self._token_bytes
-        near = table.node.take(prefill)[:, None] == table.node
-        per_handoff, per_byte = np.where(near, table.memory_rates[:, None], table.remote_rates[:, None])
-        hidden = self.compute.take(prefill)[:, None]
-        exposed: Floats = np.maximum(per_byte * np.minimum(size, step), per_byte * size - hidden)
+    def handoff(self, prefill: Ints, decode: Ints) -> Floats:
+        """[prefill, decode]: from the workers of those rows to those of these."""
+        table, apart = self.table, prefill[:, None]
+        size = (-(-self._tokens // table.block_size) - self._blocks[decode]) * float(table.block_bytes)
+        step = table.prefill_rates[3][apart] * self._token_bytes
+        near = table.node[apart] == table.node[decode]
+        per_handoff = np.where(near, table.memory_rates[0][decode], table.remote_rates[0][decode])
+        per_byte = np.where(near, table.memory_rates[1][decode], table.remote_rates[1][decode])
+        exposed: Floats = np.maximum(per_byte * np.minimum(size, step), per_byte * size - self.compute[apart])
         exposed += per_handoff
-        self._handoffs.update(zip(prefill.tolist(), exposed, strict=True))
+        self._handoffs = prefill, decode, exposed
         return exposed
+
+    def _handoff(self, prefill: int, decode: int) -> float:
+        """The same of two workers."""
+        if self._handoffs is not None:
+            rows, columns, exposed = self._handoffs
+            if prefill in (known := rows.tolist()):
+                return exposed.item(known.index(prefill), columns.searchsorted(decode))
+        return self.handoff(np.array([prefill]), np.array([decode])).item()
+
+    def known_tokens(self, row: int) -> int:
+        """Of the prompt, how many that worker has or would fetch."""
+        return self._device_tokens(row) + self._fetched_tokens(row)
+
+    def _device_tokens(self, row: int) -> int:
+        return int(self.device.item(row))
+
+    def _fetched_tokens(self, row: int) -> int:
+        return 0 if self.fetched is None else int(self.fetched.item(row))
 
     def terms(self, prefill: int | None, decode: int) -> Terms:
         """Of the route over those rows."""
         at = decode if prefill is None else prefill
-        if prefill is not None and prefill not in self._handoffs:
-            self.handoff(np.array([prefill]))
         table, compute_ms = self.table, self.compute.item(at)
         return Terms(
             prefill=None if prefill is None else table.id(prefill),
@@ -138,15 +158,15 @@ class Costs:
             queue_ms=table.queue_ms.item(at),
             prefill_ms=compute_ms,
             fetch_ms=0.0 if self.fetch is None else self.fetch.item(at),
-            handoff_ms=0.0 if prefill is None else self._handoffs[prefill].item(decode),
+            handoff_ms=0.0 if prefill is None else self._handoff(prefill, decode),
             decode_ms=self.decode.item(decode),
             others_ms=self.others.item(decode) + ((table.batch.item(at) + 1) * compute_ms if prefill is None else 0.0),
-            device_tokens=int(self.device.item(at)),
-            fetched_tokens=0 if self.fetched is None else int(self.fetched.item(at)),
+            device_tokens=self._device_tokens(at),
+            fetched_tokens=self._fetched_tokens(at),
         )
 
 
-def _fetch(rates: Floats, token_bytes: float, tokens: Floats, out: Floats) -> None:
+def _fetch(rates: Columns, token_bytes: float, tokens: Floats, out: Floats) -> None:
     per_fetch, per_byte = rates
     np.multiply(per_byte * token_bytes, tokens, out=out)
     out += per_fetch * (tokens > 0)

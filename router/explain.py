@@ -38,11 +38,11 @@ def explanation(decisions: list[Decision]) -> dict[str, str]:
 
 def _body(decision: Decision) -> dict[str, Any]:
     return dataclasses.asdict(decision) | {
-        "chosen": _terms(decision.chosen),
+        "chosen": decision.chosen and _terms(decision.chosen),
         "runner_up": decision.runner_up and _terms(decision.runner_up),
     }
 
 
 def _terms(terms: Terms) -> dict[str, Any]:
-    figures = dataclasses.asdict(terms) | {"total_ms": terms.total_ms}
+    figures = terms._asdict() | {"total_ms": terms.total_ms}
     return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in figures.items()}

@@ -14,6 +14,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.errors import Unavailable
 from router.costs import Costs, Terms
 from router.policies import POLICIES, Eligible
@@ -32,6 +34,7 @@ class Ask:
     tokens: int  # prompt and output so far, at least one
     new_tokens: int  # output still expected
     excluded: frozenset[str] = frozenset()  # workers that have failed it already
+    explain: bool = True  # the decision says what its route costs, and what the best other one would
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Decision:
     """A route and why: what it costs, and what the best other one would have."""
 
     route: Route
-    chosen: Terms
+    chosen: Terms | None  # None: the ask was not to be explained
     runner_up: Terms | None  # may cost a little less, when as good as equal; None: there was no other, or no asking
     candidates: int  # workers that might have served
     policy: str
@@ -68,27 +71,25 @@ def place(
     """
     eligible, candidates = _eligible(table, ask.excluded)
     costs = Costs(table, ask.tokens, ask.new_tokens, depths)
-    (prefill, decode), other = POLICIES[policy](costs, eligible, rng or _RNG)
-    chosen = costs.terms(prefill, decode)
+    (prefill, decode), runner_up = POLICIES[policy](costs, eligible, rng or _RNG)
+    other = runner_up() if runner_up and ask.explain else None
     return Decision(
-        Route(chosen.prefill, chosen.decode),
-        chosen,
+        Route(None if prefill is None else table.id(prefill), table.id(decode)),
+        costs.terms(prefill, decode) if ask.explain else None,
         costs.terms(*other) if other else None,
         candidates,
         policy,
-        max(0, ask.tokens - chosen.device_tokens - chosen.fetched_tokens),
+        max(0, ask.tokens - costs.known_tokens(decode if prefill is None else prefill)),
     )
 
 
 def _eligible(table: FleetTable, excluded: frozenset[str]) -> tuple[Eligible, int]:
     """Who may serve, and how many those are."""
-    prefill, decode, decoders = table.prefill, table.decode, table.decoders
+    prefill, decode = table.prefillers, table.decoders
     gone = [row for row in map(table.row, excluded) if row is not None]
     if gone:
-        prefill, decode = prefill.copy(), decode.copy()
-        prefill[gone] = decode[gone] = False
-        decoders = int(decode.sum())
-    if not decoders:
+        prefill, decode = np.setdiff1d(prefill, gone), np.setdiff1d(decode, gone)
+    if not decode.size:
         prefill, decode = decode, prefill
     candidates = len(table) - len(gone)
     if not candidates:

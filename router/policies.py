@@ -1,9 +1,9 @@
 """How workers are chosen from what they cost: the policy that counts milliseconds, and others to compare it with.
 
-A policy takes the costs of one prompt and who may serve it, and returns rows: (prefill or None, decode), and the best
-other pair where it knows one. Only `least_time` weighs both halves together, and lets the decode worker compute the
-prompt although there are prefill workers; the others choose each half by their rule. Pure but for the random numbers
-that two of them draw; ties go to the smaller id.
+A policy takes the costs of one prompt and who may serve it, and returns rows: (prefill or None, decode), and what finds
+the best other pair where it knows of others. Only `least_time` weighs both halves together, and lets the decode worker
+compute the prompt although there are prefill workers; the others choose each half by their rule. Pure but for the
+random numbers that two of them draw; ties go to the smaller id.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from router.costs import Costs
-from router.table import Bools, FleetTable, Floats, Ints
+from router.table import FleetTable, Floats, Ints
 
 CANDIDATES = 4  # prefill workers, the best for the prompt alone, that are paired with every decode worker
 LIKE_MS = 1.0  # costs that differ by less are as good as equal
@@ -28,40 +29,43 @@ Pair = tuple[int | None, int]  # rows of the table: prefill, decode
 class Eligible:
     """Rows that may serve. Without any for prefill, who decodes computes the prompt, too."""
 
-    prefill: Bools
-    decode: Bools
+    prefill: Ints
+    decode: Ints
 
 
-Policy = Callable[[Costs, Eligible, random.Random], tuple[Pair, Pair | None]]
+RunnerUp = Callable[[], Pair | None]
+Policy = Callable[[Costs, Eligible, random.Random], tuple[Pair, RunnerUp | None]]
 
 
-def least_time(costs: Costs, eligible: Eligible, _: random.Random) -> tuple[Pair, Pair | None]:
+def least_time(costs: Costs, eligible: Eligible, _: random.Random) -> tuple[Pair, RunnerUp | None]:
     """The least sum of everybody's waiting. Of workers that are as good as equal the one not used for longest: cold
     prompts spread, and so do those that share no more than their first blocks."""
-    prompt, table = costs.prompt, costs.table
-    output = np.where(eligible.decode, costs.decode + costs.others, np.inf)
+    prompt, table, decode = costs.prompt, costs.table, eligible.decode
     like = max(LIKE_MS, LIKE_PART * prompt.item(prompt.argmin()))
-    alone = prompt + output + costs.interference
-    rows = _candidates(prompt, eligible.prefill, table, like)
-    totals = prompt.take(rows)[:, None] + costs.handoff(rows) + output  # [candidates, workers]
+    output = costs.output[decode]
+    alone = prompt[decode] + output + costs.interference[decode]
+    prefill = _candidates(prompt, eligible.prefill, table, like)
+    totals = prompt[prefill, None] + costs.handoff(prefill, decode) + output  # [candidates, decode]
     least = alone.item(alone.argmin())
-    least_pair = totals.item(totals.argmin()) if rows.size else np.inf
+    least_pair = totals.item(totals.argmin()) if prefill.size else np.inf
     if least_pair < least:
-        candidate = int((totals.min(axis=1) <= least_pair + like).argmax())  # the first is the one used least recently
-        chosen = int(rows[candidate]), int(totals[candidate].argmin())
-        totals[candidate, chosen[1]] = np.inf
-        return chosen, _least(alone, rows, totals)
-    equal = (alone <= least + like).nonzero()[0]
-    decode = int(equal[table.last_used(equal).argmin()])
-    alone[decode] = np.inf
-    return (None, decode), _least(alone, rows, totals)
+        # the first candidate that is as good is the one used least recently
+        candidate = int((totals <= least_pair + like).argmax()) // decode.size
+        at = int(totals[candidate].argmin())
+        totals[candidate, at] = np.inf
+        chosen: Pair = int(prefill[candidate]), int(decode[at])
+    else:
+        equal = (alone <= least + like).nonzero()[0]
+        at = int(equal[table.last_used(decode[equal]).argmin()])
+        alone[at] = np.inf
+        chosen = None, int(decode[at])
+    return chosen, partial(_least, alone, totals, prefill, decode)
 
 
-def _candidates(prompt: Floats, eligible: Bools, table: FleetTable, like: float) -> Ints:
-    """Rows of the best prefill workers, those used least recently first."""
-    rows = eligible.nonzero()[0]
+def _candidates(prompt: Floats, rows: Ints, table: FleetTable, like: float) -> Ints:
+    """The best of these prefill workers, those used least recently first."""
     if rows.size > CANDIDATES:
-        times = prompt.take(rows)
+        times = prompt[rows]
         equal = rows[times <= times.item(times.argmin()) + like]
         if equal.size < CANDIDATES:
             rows = rows[times.argpartition(CANDIDATES - 1)[:CANDIDATES]]
@@ -70,24 +74,23 @@ def _candidates(prompt: Floats, eligible: Bools, table: FleetTable, like: float)
     return rows[table.last_used(rows).argsort()]
 
 
-def _least(alone: Floats, rows: Ints, totals: Floats) -> Pair | None:
+def _least(alone: Floats, totals: Floats, prefill: Ints, decode: Ints) -> Pair | None:
     """Of what is left; None: nothing is."""
-    decode = int(alone.argmin())
-    if rows.size:
-        candidate, other = divmod(int(totals.argmin()), alone.size)
-        if totals[candidate, other] < alone[decode]:
-            return int(rows[candidate]), other
-    return (None, decode) if alone[decode] < np.inf else None
+    best = int(alone.argmin())
+    if prefill.size:
+        candidate, other = divmod(int(totals.argmin()), decode.size)
+        if totals[candidate, other] < alone[best]:
+            return int(prefill[candidate]), int(decode[other])
+    return (None, int(decode[best])) if alone[best] < np.inf else None
 
 
 # ---------------------------------------------------------------------------------------------- for comparison
 def _each(pick: Callable[[Costs, Ints, random.Random], int]) -> Policy:
     """The policy that picks both workers by one rule, each without regard to the other."""
 
-    def policy(costs: Costs, eligible: Eligible, rng: random.Random) -> tuple[Pair, Pair | None]:
-        prefill = np.flatnonzero(eligible.prefill)
-        first = pick(costs, prefill, rng) if prefill.size else None
-        return (first, pick(costs, np.flatnonzero(eligible.decode), rng)), None
+    def policy(costs: Costs, eligible: Eligible, rng: random.Random) -> tuple[Pair, RunnerUp | None]:
+        first = pick(costs, eligible.prefill, rng) if eligible.prefill.size else None
+        return (first, pick(costs, eligible.decode, rng)), None
 
     return policy
 

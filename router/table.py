@@ -11,7 +11,7 @@ import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,21 @@ if TYPE_CHECKING:  # a decision is made from a table
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Columns = tuple[Floats, ...]
 Depths = npt.NDArray[np.int32]  # owner's number -> leading blocks of a prompt that it has
 
 FLOATS = 14
 LOADS = 4  # of those, the first: what changes all the time
 INTS = 3
+
+
+class Load(NamedTuple):
+    """What a worker has to do."""
+
+    sequences: int
+    waiting_tokens: int  # of prompts, queued or running, that are to be computed there
+    context_tokens: int
+    blocks_free: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,7 @@ class FleetTable:
         self._fixed: dict[str, tuple[Role, str, int, Rates]] = {}  # worker -> what hardly ever changes
         self._nodes: dict[str, int] = {}  # node -> its number
         self._stores: Ints = np.zeros((2, 0), dtype=np.int64)  # column of a store: its owner's number, its node's
-        self._placements = 0
+        self._uses = 0  # of workers by placements
         self.highest_owner = -1  # number in the prefix map that any worker or store has had
         self._lay_out(np.zeros((FLOATS, 0)), np.zeros((INTS, 0), dtype=np.int64), np.zeros(0, dtype=bool))
 
@@ -76,20 +86,24 @@ class FleetTable:
         self.batch: Floats = floats[1]  # sequences
         self.itl_ms: Floats = floats[2]  # one decode step of those
         self.blocks_free: Floats = floats[3]
-        self.prefill_rates: Floats = floats[4:8]  # [4, workers]: ms per step, token, pair of tokens; tokens of a step
-        self.decode_rates: Floats = floats[8:10]  # [2, workers]: ms per sequence, per token of context
-        self.memory_rates: Floats = floats[10:12]  # [2, workers]: ms per fetch, per byte, from a store on its machine
-        self.remote_rates: Floats = floats[12:14]  # ... from a store on another one
+        self.prefill_rates: Columns = tuple(floats[4:8])  # ms per step, token, pair of tokens; tokens of a step
+        self.decode_rates: Columns = tuple(floats[8:10])  # ms per sequence, per token of context
+        self.memory_rates: Columns = tuple(floats[10:12])  # ms per fetch, per byte, from a store on its machine
+        self.remote_rates: Columns = tuple(floats[12:14])  # ... from a store on another one
         self._ints = ints
         self.owner: Ints = ints[0]  # number in the prefix map
         self.node: Ints = ints[1]
-        self._used: Ints = ints[2]  # the last placement that used it
+        self._used: Ints = ints[2]  # when a placement used it last: a count from 1; below that: never, by its row
         self.rows: Ints = np.arange(len(prefill))
-        self.prefill = prefill  # whether its role is prefill
-        self.decode = ~prefill  # the others
-        self.decoders = int(self.decode.sum())  # how many those are
+        self._used[:] = np.where(self._used > 0, self._used, self.rows - len(prefill))
+        self._prefill = prefill  # whether its role is prefill
+        self._divide()
         self._rows = {worker_id: row for row, worker_id in enumerate(self._ids)}
         self._derived: dict[Callable[[FleetTable], float], float] = {}
+
+    def _divide(self) -> None:
+        self.prefillers: Ints = self._prefill.nonzero()[0]  # rows whose role is prefill
+        self.decoders: Ints = (~self._prefill).nonzero()[0]  # the others
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -111,24 +125,24 @@ class FleetTable:
             self._put_fixed(view)
             self._fixed[view.id] = fixed
             self._derived = {}
-        self.load(
-            view.id,
+        load = Load(
             view.running + view.sent_sequences,
             view.waiting_tokens + view.sent_tokens,
             view.context_tokens + view.sent_context,
             view.blocks_free - -(-view.sent_context // self.block_size),
         )
+        self.load(view.id, load)
 
-    def load(self, worker_id: str, sequences: int, queued: int, context: int, blocks_free: int) -> None:
-        """What a worker that is in the table has to do now, with what was sent to it: `queued` prompt tokens."""
-        rates = self._fixed[worker_id][3]
+    def load(self, worker_id: str, load: Load) -> None:
+        """What a worker that is in the table has to do now, with what was sent to it."""
+        sequences, waiting, context, blocks_free = load
+        row, rates = self._rows[worker_id], self._fixed[worker_id][3]
         per_step, per_token, _ = rates.prefill
-        self._floats[:LOADS, self._rows[worker_id]] = (
-            per_step * -(-queued // rates.step_tokens) + per_token * queued,  # whose contexts nobody reports
-            sequences,
-            decode_ms(rates, sequences, context) if sequences else rates.decode[0],
-            blocks_free,
-        )
+        # the contexts of what waits are reported by nobody
+        self.queue_ms[row] = per_step * -(-waiting // rates.step_tokens) + per_token * waiting
+        self.batch[row] = sequences
+        self.itl_ms[row] = decode_ms(rates, sequences, context) if sequences else rates.decode[0]
+        self.blocks_free[row] = blocks_free
 
     def _put_fixed(self, view: WorkerView) -> None:
         """That worker's row, but for its load."""
@@ -139,11 +153,10 @@ class FleetTable:
             self._lay_out(
                 np.insert(self._floats, row, 0.0, axis=1),
                 np.insert(self._ints, row, 0, axis=1),
-                np.insert(self.prefill, row, False),
+                np.insert(self._prefill, row, False),
             )
-        self.prefill[row] = view.role == "prefill"
-        self.decode[row] = not self.prefill[row]
-        self.decoders = int(self.decode.sum())
+        self._prefill[row] = view.role == "prefill"
+        self._divide()
         self.highest_owner = max(self.highest_owner, view.owner)
         self.owner[row], self.node[row] = view.owner, self._node(view.node)
         rates = view.rates
@@ -164,7 +177,7 @@ class FleetTable:
             self._lay_out(
                 np.delete(self._floats, row, axis=1),
                 np.delete(self._ints, row, axis=1),
-                np.delete(self.prefill, row),
+                np.delete(self._prefill, row),
             )
 
     def set_store(self, owner: int, node: str) -> None:
@@ -178,17 +191,17 @@ class FleetTable:
 
     def placed(self, decision: Decision) -> None:
         """The workers of that decision are the ones used last."""
-        self._placements += 1
         for worker_id in (decision.route.prefill, decision.route.decode):
             row = None if worker_id is None else self.row(worker_id)
             if row is not None:
-                self._used[row] = self._placements
+                self._uses += 1
+                self._used[row] = self._uses
 
     def backlog_ms(self) -> float:
         """The least time until some worker that takes prompts would start a new one; inf: there is nobody."""
         if not self._ids:
             return math.inf
-        takers = self.queue_ms[self.prefill]
+        takers = self.queue_ms[self.prefillers]
         return float((takers if takers.size else self.queue_ms).min())
 
     def _node(self, name: str) -> int:
@@ -196,14 +209,13 @@ class FleetTable:
 
     def last_used(self, rows: Ints) -> Ints:
         """Of those workers, a number that is less the longer one was not used; no two are alike."""
-        used: Ints = self._used.take(rows) * len(self._ids) + rows
-        return used
+        return self._used[rows]
 
     def store_depths(self, depths: Depths) -> tuple[Floats, int]:
         """How many leading blocks the stores on each worker's own node have, and how many any store has."""
-        owners, nodes = self._stores
-        if not owners.size:
+        if not self._stores.size:
             return np.zeros(len(self._ids)), 0
+        owners, nodes = self._stores
         if depths.size <= self.highest_owner:
             known = owners < depths.size
             owners, nodes = owners[known], nodes[known]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from cluster.messages import CacheChange
+from kvstore.blocks import Change
 
 PAGE = 4_096  # names in one frame: 128 KiB
 
@@ -42,11 +43,12 @@ class CacheChanges:
         self._pending = dict.fromkeys(names, True)
         self._reset, self.lost = True, False
 
-    def add(self, changes: Iterable[tuple[bytes, bool]]) -> None:
+    def add(self, changes: Iterable[Change]) -> None:
         """As `BlockPool` tells them. Too many: all are dropped, and `lost` is set."""
         if self.lost:
             return
-        self._pending.update(changes)
+        for names, there in changes:
+            self._pending.update(dict.fromkeys(names, there))
         if len(self._pending) > self._limit:
             self._pending.clear()
             self._reset, self.lost = False, True

@@ -19,7 +19,7 @@ from dataclasses import replace
 from cluster.errors import DeadlineExceeded, Moved, TandemError
 from cluster.messages import FinishReason, JobFailed, Load, Role, TokenOutput
 from cluster.perfmodel import PerfModel
-from kvstore.blocks import BlockPool
+from kvstore.blocks import BlockPool, Change
 from kvstore.fetcher import Source
 from kvstore.hashing import extend
 from kvstore.layout import Layout
@@ -47,7 +47,7 @@ class Engine:
     ) -> None:
         self.runner = runner
         self._layouts = {True: runner.layout, False: stored or runner.layout}  # sequence is exact -> its stores'
-        self._changes: list[tuple[bytes, bool]] = []  # what became of names that can be hit, since the last step
+        self._changes: list[Change] = []  # what became of names that can be hit, since the last step
         self.pool = BlockPool(runner.num_blocks, self._changes)
         self.block_size = runner.layout.tokens
         self.max_context = max_context

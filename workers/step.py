@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.messages import Handoff, JobFailed, TokenOutput
-from kvstore.blocks import Name
+from kvstore.blocks import Change, Name
 from kvstore.fetcher import Source
 from workers.sequence import Sequence
 
@@ -54,8 +54,8 @@ class Step:
     revoked: list[str] = field(default_factory=list)  # transfers whose prefill will not finish
     dropped: list[str] = field(default_factory=list)  # ids of sequences that ended while their blocks were arriving
     unclaimed: list[Handoff] = field(default_factory=list)  # handoffs of sequences that ended before they were fetched
-    # (block hash, whether it can be hit from now on) since the step before, in order
-    cache: list[tuple[bytes, bool]] = field(default_factory=list)
+    # what became of names that can be hit since the step before, in order
+    cache: list[Change] = field(default_factory=list)
     names: list[bytes] | None = None  # every hash that can be hit, after `cache`, where that was asked for
     # tokens of the step that was submitted or, when there was nothing to submit, of the one that was collected;
     # 0: nothing to do until an event arrives

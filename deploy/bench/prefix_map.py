@@ -13,7 +13,7 @@ from functools import partial
 
 from cluster.store_messages import BlockKey
 from deploy.bench.report import Figure, median, seconds
-from kvstore.blocks import BlockPool
+from kvstore.blocks import BlockPool, Change
 from kvstore.prefix_map import PrefixMap
 from workers.cache_changes import CacheChanges
 
@@ -81,7 +81,7 @@ def _changes(chance: random.Random) -> list[Figure]:
 def _telling() -> list[Figure]:
     """On a worker's engine thread: a block that gets a name while another loses it, and a snapshot of all names."""
     keys = [BlockKey(name, 16) for name in _hashes(2 * POOL)]
-    heard: list[tuple[bytes, bool]] = []
+    heard: list[Change] = []
     silent, told = (seconds(partial(_churn, pool, keys)) for pool in (BlockPool(POOL), BlockPool(POOL, heard)))
     pool = BlockPool(POOL)
     _churn(pool, keys)

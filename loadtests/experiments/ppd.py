@@ -55,19 +55,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def always_split(costs: Costs, eligible: Eligible, rng: random.Random) -> tuple[Pair, Pair | None]:
+def always_split(costs: Costs, eligible: Eligible, rng: random.Random) -> tuple[Pair, None]:
     """The best pair of a prefill and a decode worker, whatever the decode worker could do alone."""
-    rows = np.flatnonzero(eligible.prefill)
-    output = np.where(eligible.decode, costs.decode + costs.others, np.inf)
-    totals = costs.prompt[rows, None] + costs.handoff(rows) + output
-    candidate, decode = divmod(int(totals.argmin()), output.size)
-    return (int(rows[candidate]), decode), None
+    prefill, decode = eligible.prefill, eligible.decode
+    totals = costs.prompt[prefill, None] + costs.handoff(prefill, decode) + costs.output[decode]
+    best, at = divmod(int(totals.argmin()), decode.size)
+    return (int(prefill[best]), int(decode[at])), None
 
 
-def always_append(costs: Costs, eligible: Eligible, rng: random.Random) -> tuple[Pair, Pair | None]:
+def always_append(costs: Costs, eligible: Eligible, rng: random.Random) -> tuple[Pair, None]:
     """The decode worker with most of the prompt; the best pair for what no decode worker has anything of."""
-    known = np.where(eligible.decode, costs.device, 0.0)
-    return ((None, int(known.argmax())), None) if known.any() else always_split(costs, eligible, rng)
+    known = costs.device[eligible.decode]
+    return ((None, int(eligible.decode[known.argmax()])), None) if known.any() else always_split(costs, eligible, rng)
 
 
 def ppd(trace: Trace, rates: Sequence[float], seconds: float, seed: int) -> tuple[list[Row], Results]:

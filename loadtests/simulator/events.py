@@ -14,6 +14,7 @@ class Events:
         self.now = 0.0
         self.count = 0  # events that happened
         self._order = 0
+        self._stopped = False
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
 
     def at(self, time_s: float, act: Callable[..., None], *values: Any) -> None:
@@ -24,13 +25,16 @@ class Events:
     def after(self, seconds: float, act: Callable[..., None], *values: Any) -> None:
         self.at(self.now + seconds, act, *values)
 
-    def run(self, until_s: float, going: Callable[[], bool]) -> None:
-        """Until nothing is left, time is up, or `going` says no (asked before each event)."""
+    def run(self, until_s: float) -> None:
+        """Until nothing is left, time is up, or something that happens calls `stop`."""
         heap, pop = self._heap, heapq.heappop
-        while heap and going():
+        while heap and not self._stopped:
             time_s, _, act, values = pop(heap)
             if time_s > until_s:
                 return
             self.now = time_s
             self.count += 1
             act(*values)
+
+    def stop(self) -> None:
+        self._stopped = True

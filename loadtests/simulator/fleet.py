@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.messages import Role
+from kvstore.blocks import Change
 from kvstore.prefix_map import PrefixMap
 from loadtests.simulator.events import Events
 from loadtests.simulator.histogram import Histogram
@@ -17,7 +18,7 @@ from loadtests.simulator.scheduler import Hands
 from loadtests.simulator.settings import SimSettings
 from loadtests.simulator.stores import Stores
 from loadtests.simulator.worker import Worker
-from router.table import FleetTable, WorkerView
+from router.table import FleetTable, Load, WorkerView
 
 
 class Sent:
@@ -138,8 +139,9 @@ class Fleet:
         for worker in self._changed:
             if worker.id in self.workers and worker.id not in self.draining:
                 worker.report()
-                self._sent[worker.id] = Sent()
-                self._load(worker)
+                if self._sent[worker.id].sequences:
+                    self._sent[worker.id] = Sent()
+                self.table.load(worker.id, worker.load)
         self._changed.clear()
 
     def report_caches(self) -> None:
@@ -152,13 +154,10 @@ class Fleet:
                 if changes:
                     self._tell(owner, changes)
 
-    def _tell(self, owner: int, changes: list[tuple[bytes, bool]]) -> None:
-        latest = dict(changes)
+    def _tell(self, owner: int, changes: list[Change]) -> None:
+        for names, there in changes:
+            (self.map.put if there else self.map.delete)(owner, names)
         changes.clear()
-        if there := [name for name, hit in latest.items() if hit]:
-            self.map.put(owner, there)
-        if len(there) < len(latest):
-            self.map.delete(owner, [name for name, hit in latest.items() if not hit])
 
     def _put(self, worker: Worker) -> None:
         """The worker's row, new or with another role."""
@@ -170,14 +169,14 @@ class Fleet:
 
     def _load(self, worker: Worker) -> None:
         """The same of what it has to do alone, which is far more often."""
-        sent, load = self._sent[worker.id], worker.load
-        self.table.load(
-            worker.id,
-            load.sequences + sent.sequences,
-            load.waiting_tokens + sent.tokens,
-            load.context_tokens + sent.context,
-            load.blocks_free - -(-sent.context // self.table.block_size),
+        sent, (sequences, waiting_tokens, context_tokens, blocks_free) = self._sent[worker.id], worker.load
+        load = Load(
+            sequences + sent.sequences,
+            waiting_tokens + sent.tokens,
+            context_tokens + sent.context,
+            blocks_free - -(-sent.context // self.table.block_size),
         )
+        self.table.load(worker.id, load)
 
 
 def _node(number: int) -> str:

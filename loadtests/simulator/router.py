@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import partial
+from struct import Struct
 
 from cluster.errors import Overloaded, Unavailable
 from cluster.perfmodel import fetch_ms, prefill_ms
@@ -27,6 +28,8 @@ from router.admission import Limits, Outlook, Throughput, admit, may_go, outlook
 from router.expectations import ComputedShare, OutputLength
 from router.fair_queue import OUTPUT_WEIGHT, FairQueue, Waiting
 from router.placement import Ask, place
+
+_NAME = Struct("<Q")  # of a block, from its number in the trace
 
 
 class Router:
@@ -52,7 +55,7 @@ class Router:
     def arrive(self, request: TraceRequest, number: int) -> None:
         size = self._settings.block_size
         chain = request.blocks[: request.prompt_tokens // size] + request.output_blocks
-        names = [block.to_bytes(8, "little") for block in chain]
+        names = list(map(_NAME.pack, chain))
         job = Job(number, request, self._events.now, names)
         self._recorder.arrived(job)
         if job.last > self._settings.blocks * size:
@@ -67,10 +70,10 @@ class Router:
         except Overloaded:
             self._refuse(job)
             return
+        self.live[job.id] = job  # before others end, or it looks as if all had
         for other in displaced:
             self.queue.remove(other.id)
             self._refuse(self.live.pop(other.id))
-        self.live[job.id] = job
         self.queue.push(item)
         self._release()
 
@@ -112,7 +115,7 @@ class Router:
         depths = fleet.map.lookup(job.names[: (tokens - 1) // self._settings.block_size])
         new_tokens = self._outputs.remaining(job.produced)
         try:
-            ask = Ask(tokens, new_tokens, job.excluded)
+            ask = Ask(tokens, new_tokens, job.excluded, explain=False)
             decision = place(fleet.table, ask, depths, self._settings.placement, self._rng)
         except Unavailable:
             if not job.excluded:

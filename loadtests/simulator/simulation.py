@@ -24,15 +24,15 @@ def simulate(requests: Iterable[TraceRequest], settings: SimSettings) -> SimResu
     Deterministic: equal arguments give equal results, but for the figures in `results.WALL`. Raises ConfigError.
     """
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    run = Simulation(requests, settings)
+    simulation = Simulation(requests, settings)
     collected = gc.isenabled()
     gc.disable()  # what ends is in no cycle, and looking for some in millions of requests takes an eighth of the time
     try:
-        run.events.run(settings.max_s, run.going)
+        simulation.run()
     finally:
         if collected:
             gc.enable()
-    return run.result(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+    return simulation.result(time.perf_counter() - wall_s, time.process_time() - cpu_s)
 
 
 class Simulation:
@@ -44,7 +44,7 @@ class Simulation:
         self.recorder = Recorder(settings)
         self.router = Router(settings, self.events, self.recorder)
         self.arrivals = Arrivals(requests, self.events, self.router.arrive)
-        self.router.ended = self.arrivals.finished
+        self.router.ended = self._ended
         for when_s, number in settings.failures:
             self.events.at(when_s, self._fail, number)
         self._every(settings.report_s, self._report)
@@ -54,9 +54,15 @@ class Simulation:
         if settings.autoscaling:
             self._every(settings.plan_s, self.controller.step)
 
-    def going(self) -> bool:
-        """Something has not ended yet."""
-        return bool(self.router.live) or not self.arrivals.over
+    def run(self) -> None:
+        """Until all requests have ended, or time is up."""
+        if not self.arrivals.over:
+            self.events.run(self.settings.max_s)
+
+    def _ended(self, request: TraceRequest) -> None:
+        self.arrivals.finished(request)
+        if self.arrivals.over and not self.router.live:
+            self.events.stop()
 
     def _every(self, seconds: float, act: object) -> None:
         assert callable(act)

@@ -6,6 +6,7 @@ The index is exact here, because a store's word is taken when it is asked; what 
 
 from __future__ import annotations
 
+from kvstore.blocks import Change
 from kvstore.eviction import EvictionOrder
 
 
@@ -14,17 +15,19 @@ class Stores:
 
     def __init__(self, nodes: int, capacity: int) -> None:
         self.capacity = capacity
-        self.changes: list[list[tuple[bytes, bool]]] = [[] for _ in range(nodes)]  # node -> as BlockPool's
+        self.changes: list[list[Change]] = [[] for _ in range(nodes)]  # node -> as BlockPool's
         self._orders = [EvictionOrder() for _ in range(nodes)]  # node -> its names
         self._nodes: dict[bytes, int] = {}  # block -> mask of the nodes that have it
 
     def write(self, node: int, names: list[bytes]) -> None:
         """The node's store takes these blocks of a chain, or counts them as used."""
         order, changes, bit = self._orders[node], self.changes[node], 1 << node
+        new: list[bytes] = []
+        gone: list[bytes] = []
         for name in reversed(names):
             if name not in order:
                 self._nodes[name] = self._nodes.get(name, 0) | bit
-                changes.append((name, True))
+                new.append(name)
             order.add(name, pinned=False)
         while len(order) > self.capacity:
             name = order.first()
@@ -34,7 +37,8 @@ class Stores:
                 self._nodes[name] = mask
             else:
                 del self._nodes[name]
-            changes.append((name, False))
+            gone.append(name)
+        changes += [(changed, there) for changed, there in ((new, True), (gone, False)) if changed]
 
     def local(self, node: int, names: list[bytes], start: int) -> int:
         """How many leading blocks there would be with those of the node's own store, of `start` that are there."""

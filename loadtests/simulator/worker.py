@@ -6,24 +6,14 @@ something arrives meanwhile, the leap ends with the step that is under way then.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from cluster.messages import Rates, Role
-from kvstore.blocks import BlockPool
+from kvstore.blocks import BlockPool, Change
 from loadtests.simulator.batch import Batch
 from loadtests.simulator.events import Events
 from loadtests.simulator.histogram import Histogram
 from loadtests.simulator.job import Sequence, State
 from loadtests.simulator.scheduler import Hands, Scheduler
-
-
-class Load(NamedTuple):
-    """What a worker says of itself."""
-
-    sequences: int
-    waiting_tokens: int  # of prompts, queued or running, that are to be computed here
-    context_tokens: int
-    blocks_free: int
+from router.table import Load
 
 
 class Worker:
@@ -49,7 +39,7 @@ class Worker:
         self.node = node
         self.role: Role = role
         self.rates = rates
-        self.changes: list[tuple[bytes, bool]] = []  # of what prefix hits can use, since they were reported
+        self.changes: list[Change] = []  # of what prefix hits can use, since they were reported
         self.pool = BlockPool(blocks, self.changes)
         self.batch = Batch(rates, block_size, gaps)
         self.scheduler = Scheduler(self.pool, self.batch, rates, block_size, max_sequences, hands)

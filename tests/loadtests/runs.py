@@ -62,7 +62,7 @@ class Watched(Simulation):
             record(job)
 
         self.recorder.finished = finished  # type: ignore[method-assign]
-        self.events.run(with_settings.max_s, self.going)
+        self.run()
 
     def check_whole(self) -> None:
         """Every request ended exactly once, and every block that is left is free and accounted for."""

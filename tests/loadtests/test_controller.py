@@ -63,18 +63,21 @@ def test_draining_moving_and_stopping_at_any_time_lose_nothing(seed: int) -> Non
     trace = requests(300, 40.0, seed=seed, shared=1, groups=3)
 
     class Meddled(Watched):
-        def going(self) -> bool:
-            """Meddle now and then, as long as two workers of each role are left."""
-            if rng.random() < 0.01:
-                act, fleet = self.controller.act, self.router.fleet
-                worker = rng.choice(list(fleet.workers.values()))
-                act(Migrate(worker.id))
-                same = [w for w in fleet.workers.values() if w.role == worker.role and w.id not in fleet.draining]
-                if len(same) > 2 and worker.id not in fleet.draining:
-                    act(Drain(worker.id))
-                elif worker.id in fleet.draining and rng.random() < 0.5:
-                    act(Stop(worker.id))
-            return super().going()
+        def run(self) -> None:
+            self.meddle()
+            super().run()
+
+        def meddle(self) -> None:
+            """Now and then, as long as two workers of each role are left."""
+            act, fleet = self.controller.act, self.router.fleet
+            worker = rng.choice(list(fleet.workers.values()))
+            act(Migrate(worker.id))
+            same = [w for w in fleet.workers.values() if w.role == worker.role and w.id not in fleet.draining]
+            if len(same) > 2 and worker.id not in fleet.draining:
+                act(Drain(worker.id))
+            elif worker.id in fleet.draining and rng.random() < 0.5:
+                act(Stop(worker.id))
+            self.events.after(rng.expovariate(4.0), self.meddle)
 
     run = Meddled(trace, settings(workers=10, prefill=5))
     run.check_whole()

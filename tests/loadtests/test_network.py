@@ -17,7 +17,7 @@ def ends(*transfers: tuple[float, int, int, float], nic: float | None = None) ->
 
     for number, (start, *rest) in enumerate(transfers):
         events.at(start, send, number, *rest)
-    events.run(1e9, lambda: True)
+    events.run(1e9)
     return [over[number] for number in range(len(transfers))]
 
 

@@ -23,7 +23,7 @@ def test_the_least_recently_used_go_first_and_tails_before_heads() -> None:
     stores.write(0, [b"third"])
     assert stores.local(0, CHAIN, 0) == 2  # used just now: another one went
     assert stores.local(0, [b"other", b"another"], 0) == 1
-    there = {name for name, known in stores.changes[0] if known} - {
-        name for name, known in stores.changes[0] if not known
-    }
+    there: set[bytes] = set()
+    for names, come in stores.changes[0]:
+        (there.update if come else there.difference_update)(names)
     assert there == {CHAIN[0], CHAIN[1], b"other", b"third"}

@@ -15,7 +15,7 @@ def test_rows_are_in_the_order_of_ids_whatever_order_they_came_in() -> None:
     table = table_of(view("d2", running=2), view("b1", running=1), view("p3", running=3))
     assert table.ids() == ("b1", "d2", "p3")
     assert table.batch.tolist() == [1, 2, 3]
-    assert table.prefill.tolist() == [False, False, True]
+    assert (table.prefillers.tolist(), table.decoders.tolist()) == ([2], [0, 1])
     table.remove("d2")
     table.remove("d2")
     assert table.ids() == ("b1", "p3")
@@ -29,7 +29,7 @@ def test_a_view_replaces_the_one_before() -> None:
     table.put(view("p1", running=1))
     table.put(view("d1", role="prefill", running=4, waiting_tokens=0))
     assert len(table) == 2
-    assert table.prefill.all()
+    assert (table.prefillers.tolist(), table.decoders.tolist()) == ([0, 1], [])
     assert table.batch.tolist() == [4, 1]
     assert table.queue_ms.tolist() == [0, 0]
 
