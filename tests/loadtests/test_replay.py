@@ -106,7 +106,7 @@ def test_what_comes_back_is_what_the_server_did() -> None:
 
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:
-    with serving(0.1) as server:
+    with serving(1.0) as server:
         outcomes = run(trace(request(0.0), request(0.05), request(0.1)), server.url)
     ended = [o.times_s[-1] for o in outcomes]
     assert all(o.sent_s >= o.due_s for o in outcomes)
@@ -115,7 +115,7 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
 
 def test_a_later_turn_waits_for_the_answer_and_then_thinks() -> None:
     turns = [replace(request(0.0), session=1, turn=0), replace(request(0.01), session=1, turn=1, think_s=0.1)]
-    with serving(0.05) as server:
+    with serving(0.5) as server:
         first, second = run(trace(*turns), server.url)
         assert second.sent_s >= first.times_s[-1] + 0.1
         assert server.spans[1][0] > server.spans[0][1]
