@@ -68,12 +68,13 @@ def elastic_ray(
                 *("--include-dashboard=false", f"--num-cpus={head_cpus}", "--node-ip-address=127.0.0.1"),
                 *(f"--temp-dir={folder}/r", f"--object-store-memory={MEMORY}", f"--autoscaling-config={config}"),
                 *(f"--ray-client-server-port={free_range(1)}", "--min-worker-port=0", "--max-worker-port=0"),
+                *options,
             ],
             env=environment(mark, **{**OPEN, **fake, **more}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         made = ElasticRay(f"127.0.0.1:{port}", mark)
         try:
-            wait_until(lambda: made.nodes() == 1, START_S)
+            wait_until(lambda: made.nodes() >= 1, START_S)
             yield made
         finally:
             head.terminate()

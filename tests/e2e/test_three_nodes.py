@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,6 +29,15 @@ ROOT = Path(__file__).resolve().parents[2]
 NODES_S = 90.0
 CLOSED = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 LABELS = "RAY_OVERRIDE_LABELS"  # where an autoscaled node is told its labels
+# in a process of its own: this one does not join the cluster
+AWAIT_NODES = """
+import os, sys, time, ray
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+deadline = time.monotonic() + 50
+while len([node for node in ray.nodes() if node["Alive"]]) < int(sys.argv[1]):
+    assert time.monotonic() < deadline, ray.nodes()
+    time.sleep(0.2)
+"""
 
 
 def small_nodes() -> dict[str, Any]:
@@ -66,10 +76,9 @@ def kill(node: psutil.Process) -> None:
 
 @pytest.mark.timeout(300)
 def test_roles_have_nodes_of_their_own_and_a_lost_node_costs_no_token(smollm2: Path) -> None:
-    prompt, new = tuple(prompts(smollm2)[15]), 100
+    prompt, new = tuple(prompts(smollm2)[15]), 60
     expected = greedy(smollm2, prompt, new)
     with contextlib.closing(EmbeddedRedis()) as redis, closed_ray(redis.url) as ray:
-        wait_until(lambda: ray.nodes() == 3, NODES_S)
         settings = {
             **CLOSED,
             "RAY_ADDRESS": ray.address,
@@ -79,6 +88,8 @@ def test_roles_have_nodes_of_their_own_and_a_lost_node_costs_no_token(smollm2: P
             "TANDEM_KV_MEMORY": str(512 * 2**20),
             "PYTHONPATH": os.getcwd(),
         }
+        joined = run([sys.executable, "-c", AWAIT_NODES, "3"], settings)
+        assert joined.returncode == 0, joined.stderr
         refused = run(command("serve", str(smollm2), "--decode", "2"), settings)
         assert refused.returncode == 1
         assert "1 node(s) labelled tandem.role=decode have 1" in refused.stderr
