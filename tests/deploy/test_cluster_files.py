@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private.label_utils import parse_node_labels_string
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -116,7 +117,8 @@ def test_a_role_that_there_is_not_is_named(tmp_path: Path) -> None:
 def test_the_roles_of_the_example_are_of_its_machines() -> None:
     machines = read("cluster-local.yaml")["provider"]["worker_ips"]
     found = [label(DEPLOY / "roles.txt", machine).stdout.strip() for machine in machines]
-    assert found == [f"{ROLE_LABEL}=prefill", f"{ROLE_LABEL}=decode"]
+    assert [parse_node_labels_string(text) for text in found] == [{ROLE_LABEL: "prefill"}, {ROLE_LABEL: "decode"}]
+    assert parse_node_labels_string(label(DEPLOY / "roles.txt", "198.51.100.1").stdout) == {}
 
 
 def label(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -172,5 +174,11 @@ def test_the_image_is_of_this_version_and_not_run_by_root() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert f"BASE=rayproject/ray:{pinned_version('ray')}-py311-cpu" in text
     assert f"torch=={pinned_version('torch')}" in text
-    assert re.findall(r"^USER (\S+)", text, re.M) == ["ray"]
+    assert re.findall(r"^USER (\S+)", text, re.M) == ["1000"]
     assert "HEALTHCHECK" in text
+
+
+def test_the_dockerfile_has_none_of_the_faults_that_hadolint_knows() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    checked = subprocess.run(["hadolint", "-"], input=text, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout
