@@ -10,9 +10,12 @@ from cluster.config import Config
 from router.app import create_app
 from router.settings import RouterSettings
 
+HEAD_NODE = "node:__internal_head__"  # a resource that Ray gives to the head and to no other node
+
 
 def application(config: Config, settings: RouterSettings) -> Any:
-    """Admission is ours (OpenAI-shaped 429s), so Serve's own queue limit must never be hit."""
+    """Admission is ours (OpenAI-shaped 429s), so Serve's own queue limit must never be hit. On the head, which outlives
+    all other nodes."""
 
     def build() -> Any:
         return create_app(config, settings)
@@ -23,5 +26,5 @@ def application(config: Config, settings: RouterSettings) -> Any:
         num_replicas=1,
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=5.0,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
     )(ingress).bind()

@@ -36,6 +36,7 @@ from deploy import disk_tier, front_door, placement
 from deploy.environment import LOOPBACK, free_range, starts_ray
 from deploy.managed_cluster import ManagedCluster
 from deploy.models import ResolvedModel
+from deploy.node_roles import Node
 from deploy.process import LOGS
 from deploy.served_model import block_layout, max_context, model_key, model_sizes
 from deploy.store_sets import store_sets
@@ -105,7 +106,8 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         grows = config.budget[1] > config.shards and not starts_ray()
         if (len(nodes) > 1 or grows) and not config.redis_url:
             raise StartupError("several nodes need a Redis that all of them reach; give one with --redis-url")
-        placement.check_nodes(config, [node["Resources"].get("CPU", 0.0) for node in nodes])
+        _check_head(nodes)
+        placement.check_nodes(config, [Node.of(node) for node in nodes])
         key = model_key(config, model.directory)
         # deployments with different secrets cannot talk, so they must not find each other in a shared Redis either
         namespace = hashlib.sha256(f"{key.namespace}/{secret}".encode()).hexdigest()[:16]
@@ -165,6 +167,16 @@ def _ray(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_head(nodes: list[dict[str, Any]]) -> None:
+    """Raises StartupError unless this is the head node: the front door is there, and asked from here."""
+    here = ray.get_runtime_context().get_node_id()
+    head = next((node for node in nodes if front_door.HEAD_NODE in node["Resources"]), None)
+    if head is not None and head["NodeID"] != here:
+        raise StartupError(
+            f"run this on the head of the Ray cluster, {head['NodeManagerAddress']}: HTTP is served there"
+        )
+
+
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Signals that arrive inside are delivered afterwards: Ray can only stop what it has finished starting."""
@@ -193,7 +205,8 @@ def _await_health(url: str) -> None:
 def _start_serve(host: str, port: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(http_options={"host": host, "port": port})
+        # one front door, on the head: the one replica of the router is there, too
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     except (ray.exceptions.RayError, TimeoutError) as error:
         reason = str(error).splitlines()[0]
         raise StartupError(f"the HTTP front door did not start ({reason}); its log is in {LOGS}") from None

@@ -2,17 +2,20 @@
 
 The tensor parallel ranks of one pipeline stage, a tensor group, exchange sums several times per layer: they must be on
 one node. Stages pass activations on once a step and may be on different ones. One CPU per thread of every shard.
+Which nodes a worker may be on is said in `deploy/node_roles.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 from cluster.config import Config
 from cluster.errors import ModelError, StartupError
 from cluster.messages import Role
 from cluster.pools import Spec
+from deploy.node_roles import ROLE_LABEL, Node, pinned
 from workers.shard import Sizes, check
 
 
@@ -27,29 +30,49 @@ def check_model(config: Config, sizes: Sizes) -> None:
             raise ModelError(f"--{setting}-tp {tp} --{setting}-pp {pp}: {error.message}") from None
 
 
-def check_nodes(config: Config, node_cpus: Sequence[float]) -> None:
-    """Raises StartupError when nodes of that many CPUs cannot hold the first workers at once. `config` is resolved;
-    those that `scale` allows beyond them may have to wait for nodes.
+def check_nodes(config: Config, nodes: Sequence[Node]) -> None:
+    """Raises StartupError when those nodes cannot hold the first workers at once. `config` is resolved; those that
+    `scale` allows beyond them may have to wait for nodes.
 
     What passes may still not fit, as packing goes; the deadline on placement groups is for that.
     """
-    largest = max(node_cpus, default=0.0)
-    groups: list[int] = []  # CPUs of every tensor group
+    nodes = [node for node in nodes if node.cpus]
+    if not nodes:
+        raise StartupError("no node of the Ray cluster has CPUs for workers; see `ray status`, and start or await one")
+    sharing: dict[tuple[int, ...], list[tuple[Role, int]]] = defaultdict(list)  # same nodes -> roles, workers of each
     for role, count in config.roles:
+        pin = pinned(role, nodes)
+        takers = tuple(index for index, node in enumerate(nodes) if pin.allows(node))
+        if not takers:
+            raise StartupError(
+                f"no node is for {role} workers: all {len(nodes)} with CPUs are set apart for another role; start one "
+                f"with `ray start --labels {ROLE_LABEL}={role}`, or one without that label"
+            )
+        sharing[takers].append((role, count))
+    for takers, roles in sharing.items():
+        where = "" if len(takers) == len(nodes) else pinned(roles[0][0], nodes).where
+        _check_pool(config, roles, [nodes[index].cpus for index in takers], where)
+
+
+def _check_pool(config: Config, roles: Sequence[tuple[Role, int]], cpus: Sequence[float], where: str) -> None:
+    """Workers of those roles on nodes of so many CPUs. `where` says which nodes these are; empty: all."""
+    largest, shards = max(cpus), sum(count * math.prod(config.grid(role)) for role, count in roles)
+    groups: list[int] = []  # CPUs of every tensor group
+    for role, count in roles:
         tp, pp = config.grid(role)
         size = tp * config.threads
         groups += [size] * (count * pp)
         if size > largest:
             raise StartupError(
                 f"{role} workers need {size} CPUs on one node (--{_setting(role)}-tp {tp} x {config.threads} threads) "
-                f"and the largest has {largest:g}; {_allowed(role, tp, config.threads, int(largest))}"
+                f"and the largest{where} has {largest:g}; {_allowed(role, tp, config.threads, int(largest))}"
             )
     for size in sorted(set(groups), reverse=True):
-        wanted, room = sum(group >= size for group in groups), sum(int(cpus // size) for cpus in node_cpus)
-        if wanted > room or sum(groups) > sum(node_cpus):
+        wanted, room = sum(group >= size for group in groups), sum(int(each // size) for each in cpus)
+        if wanted > room or sum(groups) > sum(cpus):
             raise StartupError(
-                f"{config.shards} shards x {config.threads} threads need {sum(groups)} CPUs, {size} at a time on one "
-                f"node, and {len(node_cpus)} node(s) have {sum(node_cpus):g}; start fewer workers, lower threads, "
+                f"{shards} shards x {config.threads} threads need {sum(groups)} CPUs, {size} at a time on one "
+                f"node, and {len(cpus)} node(s){where} have {sum(cpus):g}; start fewer workers, lower threads, "
                 "--prefill-tp, --prefill-pp, --decode-tp or --decode-pp, or add nodes"
             )
 

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.errors import StartupError
 from cluster.messages import Role, StoreInfo, WorkerInfo
 from cluster.pools import State
-from deploy import placement
+from deploy import node_roles, placement
 from deploy.actors import WorkerActor, runtime_environment
 from deploy.node_stores import NodeStores
 from deploy.process import Process, end
@@ -55,6 +55,7 @@ class Post:
     process: Process | None = None
     drained: int = 0  # the incarnation that was told to drain
     stopping: bool = False
+    wanted: str = ""  # the room that was asked for, in words
 
     def enter(self, role: Role, state: State) -> None:
         if (role, state) != (self.role, self.state):
@@ -168,10 +169,17 @@ class Workforce:
 
     def _start(self, worker_id: str, role: Role, place_s: float) -> str:
         """Ask for room for all its shards: each stage's tensor group on one node, the stages as close as may be."""
-        group = placement_group(placement.bundles(self._config, role), strategy="PACK", name=worker_id)
+        bundles, pin = placement.bundles(self._config, role), node_roles.pinned(role, _nodes_ever())
+        group = placement_group(
+            [{**bundle, **pin.resources} for bundle in bundles],
+            strategy="PACK",
+            name=worker_id,
+            bundle_label_selector=[pin.selector] * len(bundles) if pin.selector else None,
+        )
+        wanted = f"{len(bundles)} x {bundles[0]['CPU']:g} CPUs, each on one node{pin.where}"
         settings = dataclasses.replace(self._template, id=worker_id, role=role)
         shards = math.prod(self._config.grid(role))
-        self._posts[worker_id] = Post(role, settings, shards, group, place_s, time.monotonic())
+        self._posts[worker_id] = Post(role, settings, shards, group, place_s, time.monotonic(), wanted=wanted)
         self._number += 1
         return worker_id
 
@@ -184,10 +192,9 @@ class Workforce:
             self.stores.furnish(post.nodes)
             post.process = Process.of(post.id, self._worker(post))
         elif time.monotonic() - post.since_s > post.place_s:
-            tp, pp = self._config.grid(post.settings.role)
             raise StartupError(
-                f"{post.id}: Ray found no room for {pp} stages of {tp * self._config.threads} CPUs each; see "
-                "`ray status`"
+                f"{post.id}: Ray found no room for {post.wanted} within {post.place_s:.0f} s; see `ray status`, free "
+                "CPUs or add nodes"
             )
 
     def _worker(self, post: Post) -> Any:
@@ -209,6 +216,11 @@ class Workforce:
             post.process.kill()
         remove_placement_group(post.group)
         del self._posts[post.id]
+
+
+def _nodes_ever() -> list[node_roles.Node]:
+    """Of the cluster, those that have left it included."""
+    return [node_roles.Node.of(entry) for entry in ray.nodes()]
 
 
 def _nodes(group: PlacementGroup) -> frozenset[str]:

@@ -5,6 +5,7 @@ import pytest
 from cluster.config import Config
 from cluster.errors import ModelError, StartupError
 from cluster.messages import Role
+from deploy.node_roles import Node
 from deploy.placement import bundles, check_model, check_nodes
 from workers.shard import Sizes
 
@@ -42,10 +43,31 @@ def test_a_model_that_can_be_cut(settings: dict[str, int]) -> None:
         ({"prefill": 0, "decode_pp": 3, "threads": 2}, [3, 3], "3 shards"),  # 6 CPUs, but only one pair on each
         ({"prefill_tp": 3, "decode": 2, "threads": 1}, [2, 3], None),
         ({"prefill_tp": 3, "decode": 3, "threads": 1}, [2, 3], "6 CPUs"),
-        ({}, [], "the largest has 0"),
+        ({}, [], "no node of the Ray cluster has CPUs"),
+        ({}, [0], "no node of the Ray cluster has CPUs"),
     ],
 )  # fmt: skip
 def test_nodes(settings: dict[str, int], nodes: list[float], message: str | None) -> None:
+    config = Config(**{"threads": 1, **settings})
+    if message is None:
+        check_nodes(config, [Node(cpus) for cpus in nodes])
+    else:
+        with pytest.raises(StartupError, match=message):
+            check_nodes(config, [Node(cpus) for cpus in nodes])
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "message"),
+    [
+        ({}, [Node(0), Node(1, "prefill"), Node(1, "decode")], None),
+        ({}, [Node(8, "decode")], "no node is for prefill workers: all 1 with CPUs .* --labels tandem.role=prefill"),
+        ({"decode": 2}, [Node(8, "prefill"), Node(1, "decode")],
+            "2 shards x 1 threads need 2 CPUs, 1 at a time .*, and 1 node.s. labelled tandem.role=decode have 1"),
+        ({"prefill_tp": 4}, [Node(2, "prefill"), Node(8)], "and the largest labelled tandem.role=prefill has 2"),
+        ({"prefill": 0, "decode": 2}, [Node(1, "prefill"), Node(1, "decode")], None),
+    ],
+)  # fmt: skip
+def test_nodes_with_roles(settings: dict[str, int], nodes: list[Node], message: str | None) -> None:
     config = Config(**{"threads": 1, **settings})
     if message is None:
         check_nodes(config, nodes)

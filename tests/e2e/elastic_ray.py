@@ -1,6 +1,7 @@
 """A Ray cluster that gets its nodes from Ray's own autoscaler (v2), with processes for machines: Ray's fake provider.
 
-The head has room for one shard; every further one needs a node of its own, which is given back when it has been idle.
+The head has room for one shard, or none; every further one needs a node of its own, which is given back when it has
+been idle. What nodes there are may be said as `ray up` is told it, with nodes that carry labels.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
@@ -23,6 +25,8 @@ from tests.serving import called, environment, marked, wait_until
 OPEN = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 IDLE_MINUTES = 0.05
 START_S = 60.0
+MEMORY = 80_000_000  # of a node for Ray's objects: the least it takes
+SHARDS = {"shard": {"resources": {"CPU": 1, "object_store_memory": MEMORY}, "node_config": {}, "min_workers": 0}}
 LISTS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
     *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"),
@@ -40,12 +44,17 @@ class ElasticRay:
 
 
 @contextmanager
-def elastic_ray(most_nodes: int) -> Iterator[ElasticRay]:
+def elastic_ray(
+    most_nodes: int, node_types: dict[str, Any] | None = None, options: tuple[str, ...] = (), **more: str
+) -> Iterator[ElasticRay]:
+    """`node_types`: `available_node_types` without the head, which then has no CPU; by default shards of one CPU.
+    `options`: more of them for the head's `ray start`. `more`: environment of all nodes."""
+    head_cpus = 1 if node_types is None else 0
     mark, port = uuid.uuid4().hex, free_range(1)
     # Ray's sockets need a short path
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as folder:
         config = Path(folder) / "autoscaling.json"
-        config.write_text(json.dumps(autoscaling(most_nodes, f"127.0.0.1:{port}")))
+        config.write_text(json.dumps(autoscaling(most_nodes, f"127.0.0.1:{port}", head_cpus, node_types or SHARDS)))
         fake = {
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
@@ -56,15 +65,16 @@ def elastic_ray(most_nodes: int) -> Iterator[ElasticRay]:
         head = subprocess.Popen(
             [
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"),
-                *("--include-dashboard=false", "--num-cpus=1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}/r"),
+                *("--include-dashboard=false", f"--num-cpus={head_cpus}", "--node-ip-address=127.0.0.1"),
+                *(f"--temp-dir={folder}/r", f"--object-store-memory={MEMORY}", f"--autoscaling-config={config}"),
                 *(f"--ray-client-server-port={free_range(1)}", "--min-worker-port=0", "--max-worker-port=0"),
-                *("--object-store-memory=80000000", f"--autoscaling-config={config}"),
+                *options,
             ],
-            env=environment(mark, **OPEN, **fake), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=environment(mark, **{**OPEN, **fake, **more}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         made = ElasticRay(f"127.0.0.1:{port}", mark)
         try:
-            wait_until(lambda: made.nodes() == 1, START_S)
+            wait_until(lambda: made.nodes() >= 1, START_S)
             yield made
         finally:
             head.terminate()
@@ -75,7 +85,7 @@ def elastic_ray(most_nodes: int) -> Iterator[ElasticRay]:
                     straggler.kill()
 
 
-def autoscaling(most_nodes: int, gcs_address: str) -> dict[str, object]:
+def autoscaling(most_nodes: int, gcs_address: str, head_cpus: int, node_types: dict[str, Any]) -> dict[str, object]:
     """What `ray up` would read, with every key that Ray asks for."""
     provider = {
         "type": "external",  # the wheel has the fake provider and not its defaults
@@ -87,13 +97,8 @@ def autoscaling(most_nodes: int, gcs_address: str) -> dict[str, object]:
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
     }
-    shard = {
-        "resources": {"CPU": 1, "object_store_memory": 80_000_000},
-        "node_config": {},
-        "min_workers": 0,
-        "max_workers": most_nodes,
-    }
-    head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
+    workers = {name: {"max_workers": most_nodes, **kind} for name, kind in node_types.items()}
+    head = {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0}
     return {
         "cluster_name": "elastic",
         "max_workers": most_nodes,
@@ -104,7 +109,7 @@ def autoscaling(most_nodes: int, gcs_address: str) -> dict[str, object]:
         "docker": {},
         "file_mounts": {},
         "file_mounts_sync_continuously": False,
-        "available_node_types": {"ray.head.default": head, "shard": shard},
+        "available_node_types": {"ray.head.default": head, **workers},
         "head_node_type": "ray.head.default",
         **{name: [] for name in LISTS},
     }
