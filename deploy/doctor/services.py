@@ -9,6 +9,7 @@ import importlib.metadata
 import ipaddress
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from cluster.redis import NO_URL, redacted
 
 REDIS_S = 5.0
 RAY_S = 60.0
+CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ def ray_facts() -> Ray:
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
         return Ray(version)
+    if refusal := _refusal(address):
+        return Ray(version, address, refusal)
     try:
         # a process of its own: joining takes seconds, may print and cannot be undone within one
         done = subprocess.run(
@@ -121,3 +125,15 @@ def ray_facts() -> Ray:
     except (IndexError, ValueError):
         return Ray(version, address, (done.stderr.strip().splitlines() or ["it says nothing"])[-1])
     return Ray(version, address, str(said.get("error", "")), int(said.get("nodes", 0)), float(said.get("cpus", 0.0)))
+
+
+def _refusal(address: str) -> str:
+    """Why nobody answers at host:port, which Ray takes minutes to say; empty for other ways to name a cluster."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return ""
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

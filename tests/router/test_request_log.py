@@ -62,7 +62,7 @@ def test_a_request_that_failed_and_one_whose_client_left(served: Api, records: p
     assert (fields(records)[0]["output_tokens"], fields(records)[0]["ttft_ms"]) == (0, None)
     served.reset()
     served.workers["d1"].hold_at = 2
-    body = {"prompt": SECRET_TEXT, "max_tokens": 8, "stream": True}
+    body = {"prompt": SECRET_TEXT, "max_tokens": 8, "stream": True, "return_token_ids": True}
     with served.http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
     served.wait(lambda: len(fields(records)) == 2)
