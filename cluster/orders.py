@@ -140,8 +140,11 @@ NONE = Orders()
 
 
 def bounded(spec: Spec, orders: Orders) -> Spec:
-    """The spec with the bounds of size that hold while these orders do."""
-    least, most = (orders.scale.least, orders.scale.most) if orders.scale else (spec.least, spec.most)
+    """The spec with the bounds of size that hold while these orders do; never more than the configuration has room for,
+    which may have been another one when they were given."""
+    least, most = spec.least, spec.most
+    if orders.scale:
+        least, most = min(orders.scale.least, spec.most), min(orders.scale.most, spec.most)
     if orders.restart:
         least = max(least, min(orders.restart.shards, most))
     return replace(spec, least=least, most=most)

@@ -16,6 +16,7 @@ from deploy.http_client import LOCAL, Key, Url, ask
 from deploy.terminal import console, fail
 
 POLL_S = 0.25
+SETTLE_S = 10.0  # for a router to notice that a worker is gone
 DRAIN_S = 900.0  # a worker gives what it has to others after 30 s; requests have deadlines of their own
 RESTART_S = 3_600.0
 BOUNDS = re.compile(r"(\d+)(?:\.\.(\d+))?")
@@ -28,10 +29,12 @@ def drain(
     """Let a worker finish what it has, stop it, and wait until it is gone. No request is lost."""
     begun = time.monotonic()
     ask(url, "POST", "/orders/drain", key, {"worker": worker})
-    while worker in ask(url, "GET", "/orders", key)["drain"]:
-        if time.monotonic() - begun > timeout:
-            fail(f"{worker} still drains after {timeout:.0f} s and will go on; `tandem status` shows what it has left")
-        time.sleep(POLL_S)
+    try:
+        left = _await_end(url, key, "drain", [worker], begun + timeout)
+    except TimeoutError:
+        fail(f"{worker} still drains after {timeout:.0f} s and will go on; `tandem status` shows what it has left")
+    if left:
+        fail(f"{worker} serves on: the order to drain it is lost, perhaps with Redis's data; give it again")
     console.print(f"{worker} is stopped, {time.monotonic() - begun:.1f} s after it was told to drain")
 
 
@@ -81,14 +84,15 @@ def restart(
         console.print("no restart is ordered")
         return
     begun = time.monotonic()
-    left = ask(url, "POST", "/orders/restart", key, {"workers": workers or []})["restart"]
-    total = len(left["workers"])
+    chosen = ask(url, "POST", "/orders/restart", key, {"workers": workers or []})["restart"]["workers"]
     try:
-        _await_restart(url, key, begun + timeout)
+        left = _await_end(url, key, "restart", chosen, begun + timeout)
     except TimeoutError:
         ask(url, "POST", "/orders/restart", key, {"cancel": True})
-        fail(f"not every worker is restarted after {timeout:.0f} s; the others stay: see `tandem status`")
-    console.print(f"{total} workers are replaced, in {time.monotonic() - begun:.1f} s")
+        fail(f"not every worker is replaced after {timeout:.0f} s; the others stay: see `tandem status`")
+    if left:
+        fail(f"the restart was withdrawn, or is lost with Redis's data; not replaced: {', '.join(sorted(left))}")
+    console.print(f"{len(chosen)} workers are replaced, in {time.monotonic() - begun:.1f} s")
 
 
 def log(
@@ -99,12 +103,26 @@ def log(
     console.print(f"log level: {now}")
 
 
-def _await_restart(url: str, key: str, deadline: float) -> None:
-    """Raises TimeoutError."""
-    while ask(url, "GET", "/orders", key)["restart"] is not None:
+def _await_end(url: str, key: str, what: str, workers: list[str], deadline: float) -> set[str]:
+    """Wait until it is no longer ordered, and then until the router has noticed. Returns which of the workers serve on.
+    Raises TimeoutError at the deadline, on the monotonic clock."""
+    while _ordered(ask(url, "GET", "/orders", key)[what], workers):
         if time.monotonic() > deadline:
             raise TimeoutError
         time.sleep(POLL_S)
+    settled = time.monotonic() + SETTLE_S
+    while (left := _serving(url) & set(workers)) and time.monotonic() < settled:
+        time.sleep(POLL_S)
+    return left
+
+
+def _ordered(order: Any, workers: list[str]) -> bool:
+    """Whether that is a drain of any of them, or a restart."""
+    return bool(set(workers) & set(order if isinstance(order, list) else (order or {}).get("workers", ())))
+
+
+def _serving(url: str) -> set[str]:
+    return {worker["id"] for worker in ask(url, "GET", "/status")["workers"] if worker["connected"]}
 
 
 def _roles_body(wanted: list[str]) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def redis(config: Config, facts: Redis | None, nodes: int) -> Finding:
 def clock(facts: Redis | None, synchronized: bool | None) -> Finding:
     """Durations are of the monotonic clock; logs, schedules and a worker's incarnation go by the one on the wall."""
     advice = "keep the clocks of all machines right with chrony or systemd-timesyncd"
+    facts = None if facts is None or facts.error else facts
     if facts is not None and abs(facts.skew_s) > SKEW_S:
         return warning("clock", f"it differs from Redis's by {facts.skew_s:+.1f} s", advice)
     if facts is not None and not facts.local and synchronized is False:

@@ -48,6 +48,8 @@ def test_bounds_of_size_are_the_orders_while_they_hold() -> None:
     spec = replace(SPEC, least=1, most=8)
     assert bounded(spec, Orders()) == spec
     assert bounded(spec, Orders(scale=ScaleOrder(2, 5))) == replace(spec, least=2, most=5)
+    # given to an earlier deployment that had room for more
+    assert bounded(spec, Orders(scale=ScaleOrder(9, 20))) == replace(spec, least=8, most=8)
     # a restart keeps as many as there were, within what is allowed
     assert bounded(spec, Orders(restart=RestartOrder(("a",), 6))).least == 6
     assert bounded(spec, Orders(restart=RestartOrder(("a",), 6), scale=ScaleOrder(2, 5))).least == 5

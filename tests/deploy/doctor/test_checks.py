@@ -77,6 +77,7 @@ def test_redis(facts: Redis | None, nodes: int, level: str, words: str) -> None:
 def test_a_clock_that_nobody_keeps_matters_with_others_only() -> None:
     assert checks.clock(None, False).level == "ok"
     assert checks.clock(replace(REMOTE, local=True), False).level == "ok"
+    assert checks.clock(Redis("redis://10.0.0.1:6380", "refused"), False).level == "ok"
     assert checks.clock(REMOTE, False).level == "warning"
     assert checks.clock(REMOTE, None).level == checks.clock(REMOTE, True).level == "ok"
     assert checks.clock(replace(REMOTE, skew_s=-3.0), True).level == "warning"

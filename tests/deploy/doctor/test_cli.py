@@ -26,6 +26,7 @@ from tests.workers.gguf_files import byte_vocabulary, metadata_of, random_model,
 
 CLOCK = re.compile(rb"\*2\r\n\$10\r\n(\d{10})\r\n")  # the answer to TIME
 WRONG_S = 100
+FEW_RIGHTS = "ACL SETUSER few on >hidden ~tandem:* -@all +ping +select +time"
 
 
 class Diagnosis:
@@ -87,6 +88,13 @@ def test_2_a_redis_that_refuses(tiny: Path, server: EmbeddedRedis) -> None:
     stranger = Diagnosis(str(tiny), "--redis-url", re.sub(r":\w+@", ":hidden@", server.url))
     assert stranger.found("Redis", "error", "does not answer")
     assert "hidden" not in nobody.result.output + stranger.result.output
+
+
+def test_a_redis_user_with_just_the_rights_that_are_needed_is_enough(tiny: Path, server: EmbeddedRedis) -> None:
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command(*FEW_RIGHTS.split())
+    few = Diagnosis(str(tiny), "--redis-url", re.sub(r"//:\w+@", "//few:hidden@", server.url))
+    assert (few.level("Redis"), few.level("clock")) == ("ok", "ok"), few.findings
 
 
 def test_3_a_redis_that_evicts_whatever_it_likes(tiny: Path, server: EmbeddedRedis) -> None:
