@@ -51,7 +51,7 @@ class Config(pydantic.BaseModel):
     host: str = Field("127.0.0.1", description="address of the HTTP endpoint and of every internal server")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: a free one")
     api_keys: tuple[str, ...] = Field((), repr=False, description="accepted bearer keys; empty: no key is asked for")
-    operator_key: str = Field("", repr=False, description="bearer key of `tandem kv`; needed once `api_keys` is set")
+    operator_key: str = Field("", repr=False, description="key of operators' commands; needed once `api_keys` is set")
 
     # who serves it
     prefill: int = Field(1, ge=0, le=1024, description="prefill workers; 0: decode workers do both")

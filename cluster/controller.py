@@ -110,7 +110,7 @@ class Controller:
         async with asyncio.timeout(OBSERVE_S):
             seen = await self._cluster.observe()
         self._hear(seen, now_s)
-        set_level(seen.orders)
+        set_level(seen.orders)  # of this process; the others follow by themselves
         orders = await self._open(seen)
         if seen.routers:  # no router, no word of what clients want: an index that has lost everything looks like this
             self._meter.observe(seen.routers, now_s)

@@ -68,78 +68,97 @@ def orders(fleet: Fleet, config: Config, settings: RouterSettings, book: OrderBo
     router = APIRouter(
         prefix="/orders", tags=["orders"], route_class=JsonRoute, dependencies=[Depends(_operators_only(config))]
     )
-    namespace = settings.namespace
-
-    def there() -> list[Serving]:
-        links = [fleet.link(worker.id) for worker in fleet.snapshot()]
-        return [Serving(link.info.id, link.role, link.info.tp * link.info.pp) for link in links]
-
-    def kept() -> OrderBook:
-        if book is None:
-            raise Unavailable("this router has no Redis, so nothing can be ordered; give the deployment one")
-        return book
-
-    async def opened() -> tuple[OrderBook, Orders]:
-        """Raises Unavailable when nobody would carry an order out."""
-        if await fleet.controller() is None:
-            raise Unavailable("no controller answers, so nothing can be ordered; is `tandem serve` still running?")
-        return kept(), await kept().read(namespace)
-
-    async def given(book: OrderBook, *wanted: Order, without: tuple[str, ...] = ()) -> Response:
-        await book.withdraw(namespace, without)
-        for order in wanted:
-            await book.give(namespace, order)
-        return _json(await book.read(namespace))
+    desk = _Desk(fleet, config, settings.namespace, book)
 
     @router.get("")
     async def read() -> Response:
         """What is ordered: drains and restarts until they are done, the others until they are withdrawn."""
-        return _json(await kept().read(namespace))
+        return _json(await desk.ordered())
 
     @router.post("/drain")
     async def drain(body: DrainBody) -> Response:
         """That worker finishes what it has and is stopped; it is done when it is no longer in the answer of GET."""
-        book, now = await opened()
-        return await given(book, order_rules.drain(body.worker, there(), now))
+        now = await desk.opened()
+        return await desk.take(order_rules.drain(body.worker, desk.there(), now))
 
     @router.post("/roles")
     async def roles(body: RolesBody) -> Response:
         """Keep a split, or single workers' roles, whatever the traffic; or leave both to the traffic again."""
-        book, now = await opened()
-        if (body.prefill is not None and body.decode is not None) + bool(body.workers) + body.auto != 1:
-            raise InvalidRequest("give prefill and decode, or workers, or auto")
-        if body.auto:
-            return await given(book, without=now.role_names)
-        if body.prefill is not None and body.decode is not None:
-            order = order_rules.split(body.prefill, body.decode, there(), config)
-            return await given(book, order, without=now.role_names)
-        return await given(book, *order_rules.roles(body.workers or {}, there(), now, config), without=(SPLIT,))
+        return await desk.roles(body)
 
     @router.post("/scale")
     async def scale(body: ScaleBody) -> Response:
         """Other bounds of size than the configuration's; or its own again."""
-        book, _ = await opened()
+        await desk.opened()
         if body.auto:
-            return await given(book, without=(SCALE,))
+            return await desk.take(without=(SCALE,))
         if body.least is None or body.most is None:
             raise InvalidRequest("give least and most, or auto")
-        return await given(book, order_rules.scale(body.least, body.most, config))
+        return await desk.take(order_rules.scale(body.least, body.most, config))
 
     @router.post("/restart")
     async def restart(body: RestartBody) -> Response:
         """Replace workers one after the other; done when it is no longer in the answer of GET."""
-        book, now = await opened()
+        now = await desk.opened()
         if body.cancel:
-            return await given(book, without=(RESTART,))
-        return await given(book, order_rules.restart(body.workers, there(), now))
+            return await desk.take(without=(RESTART,))
+        return await desk.take(order_rules.restart(body.workers, desk.there(), now))
 
     @router.post("/log")
     async def log(body: LogBody) -> Response:
         """Log from that level on, in every process, within seconds."""
-        book, _ = await opened()
-        return await given(book, LogOrder(body.level))
+        await desk.opened()
+        return await desk.take(LogOrder(body.level))
 
     return router
+
+
+class _Desk:
+    """Where orders are taken: what is there to judge them by, and where they go."""
+
+    def __init__(self, fleet: Fleet, config: Config, namespace: str, book: OrderBook | None) -> None:
+        self._fleet = fleet
+        self._config = config
+        self._namespace = namespace
+        self._book = book
+
+    def there(self) -> list[Serving]:
+        links = [self._fleet.link(worker.id) for worker in self._fleet.snapshot()]
+        return [Serving(link.info.id, link.role, link.info.tp * link.info.pp) for link in links]
+
+    async def ordered(self) -> Orders:
+        """Raises Unavailable when that cannot be known."""
+        return await self._kept().read(self._namespace)
+
+    async def opened(self) -> Orders:
+        """What is ordered already. Raises Unavailable when nobody would carry an order out."""
+        if await self._fleet.controller() is None:
+            raise Unavailable("no controller answers, so nothing can be ordered; is `tandem serve` still running?")
+        return await self.ordered()
+
+    async def take(self, *wanted: Order, without: tuple[str, ...] = ()) -> Response:
+        """Give these orders and withdraw those of these names; answers with all that hold then."""
+        await self._kept().withdraw(self._namespace, without)
+        for order in wanted:
+            await self._kept().give(self._namespace, order)
+        return _json(await self.ordered())
+
+    async def roles(self, body: RolesBody) -> Response:
+        now = await self.opened()
+        if (body.prefill is not None and body.decode is not None) + bool(body.workers) + body.auto != 1:
+            raise InvalidRequest("give prefill and decode, or workers, or auto")
+        if body.auto:
+            return await self.take(without=now.role_names)
+        if body.prefill is not None and body.decode is not None:
+            order = order_rules.split(body.prefill, body.decode, self.there(), self._config)
+            return await self.take(order, without=now.role_names)
+        kept = order_rules.roles(body.workers or {}, self.there(), now, self._config)
+        return await self.take(*kept, without=(SPLIT,))
+
+    def _kept(self) -> OrderBook:
+        if self._book is None:
+            raise Unavailable("this router has no Redis, so nothing can be ordered; give the deployment one")
+        return self._book
 
 
 def _json(now: Orders) -> Response:
