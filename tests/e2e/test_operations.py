@@ -6,7 +6,8 @@ happens was ordered.
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,14 @@ def ids(served: Served) -> set[str]:
 
 
 @pytest.mark.timeout(600)
-def test_drain_scale_and_restart_under_load_lose_nothing(served: Served, tiny: Path) -> None:
+def test_drain_scale_and_restart_under_load_lose_nothing(
+    served: Served, tiny: Path, record_property: Callable[[str, Any], None]
+) -> None:
     with traffic(served, tiny, USERS, MIXED) as made:
         settle(served, made, lambda: made.answered > 5)
-        assert "decode-1 is stopped, " in done(served, "drain", "decode-1")
+        drained = re.fullmatch(r"decode-1 is stopped, ([\d.]+) s after .*\n", done(served, "drain", "decode-1"))
+        assert drained
+        record_property("seconds of a drain", float(drained[1]))
         made.check()
         assert ids(served) == {"prefill-0", "decode-0"}
 
@@ -59,10 +64,11 @@ def test_drain_scale_and_restart_under_load_lose_nothing(served: Served, tiny: P
         settle(served, made, lambda: len(ids(served)) == 2 and controller(served)["draining"] == 0)
 
         before = ids(served)
-        assert "2 workers are replaced, in " in done(served, "restart")
-        made.check()
-        assert len(ids(served)) == 2
+        replaced = re.fullmatch(r"2 workers are replaced, in ([\d.]+) s\n", done(served, "restart"))
+        assert replaced
+        record_property("seconds of a restart of two workers", float(replaced[1]))
         assert not ids(served) & before
+        settle(served, made, lambda: len(ids(served)) == 2)
         answered = made.answered
         settle(served, made, lambda: made.answered > answered + 5)
     served.assert_no_leaks()
