@@ -36,6 +36,8 @@ def size(
         actions = tuple(Drain(member.id) for member in serving(there, "prefill", "decode", "both"))
         notes = (f"all {len(actions)} go: no request for {IDLE_S:.0f} s",) if actions else ()
         return actions, replace(memory, size=None, notes=notes)
+    if shards_of(there) > spec.most:
+        return _cut(spec, there, found, memory)
     try:
         wanted = _wanted(spec, members, found, demand, now)
     except Exception as error:  # the policy may be anybody's code: whatever is wrong with it must not stop the plan
@@ -114,7 +116,8 @@ def _grow(spec: Spec, members: Sequence[Member], wanted: Mapping[Role, int], mem
     roles: tuple[Role, ...] = ("prefill", "decode") if spec.disaggregated else ("both",)
     starts: list[Start] = []
     while sum(have.values()) < sum(wanted.values()) or held < spec.least:
-        role = max(roles, key=lambda r: wanted.get(r, 0) - have.get(r, 0))
+        # of equals, the role with fewer workers
+        role = max(roles, key=lambda r: (wanted.get(r, 0) - have.get(r, 0), -have.get(r, 0)))
         if _shards(spec, role) > room:
             break
         starts.append(Start(role))
@@ -143,6 +146,19 @@ def _shrink(
     notes = (f"{', '.join(member.id for member in chosen)} drained: {sum(wanted.values())} workers will do",)
     actions: tuple[Action, ...] = tuple(Drain(member.id) for member in chosen)
     return actions, replace(memory, size=None, notes=notes)
+
+
+def _cut(spec: Spec, there: list[Member], found: Needs | None, memory: Memory) -> Decision:
+    """An operator allows fewer shards than there are: at once, and whatever the policy wants."""
+    left, chosen = list(there), list[Member]()
+    while shards_of(left) > spec.most:
+        member = _least_missed(spec, left, _by_role(spec, left, found, len(left) - 1))
+        if member is None:
+            break
+        left.remove(member)
+        chosen.append(member)
+    notes = (f"{', '.join(member.id for member in chosen)} drained: {spec.most} shards are allowed",) if chosen else ()
+    return tuple(Drain(member.id) for member in chosen), replace(memory, size=None, notes=notes)
 
 
 def _least_missed(spec: Spec, left: list[Member], wanted: Mapping[Role, int]) -> Member | None:

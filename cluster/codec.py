@@ -20,6 +20,7 @@ from typing import Any
 import msgpack
 
 from cluster import messages as m
+from cluster import orders as o
 from cluster import shard_messages as w
 from cluster import store_messages as s
 from cluster.errors import ProtocolError
@@ -33,6 +34,7 @@ MESSAGES: tuple[type, ...] = (
     w.Joined, w.Begin, w.Loaded, w.Failed, w.Admitted, w.StepPlan, w.StepResult, w.WriteBlocks, w.Written,
     w.FollowBlocks, w.Followed, w.StoredRun, w.FetchBlocks, w.FetchedRun, w.FetchedBlocks, w.CancelBlocks,
     m.Drain, m.Migrate, m.Rates, m.CacheChange, m.RouterInfo, m.ControllerInfo,
+    o.DrainOrder, o.RoleOrder, o.SplitOrder, o.ScaleOrder, o.RestartOrder, o.LogOrder,
 )  # fmt: skip
 _CODES: dict[type, int] = {cls: code for code, cls in enumerate(MESSAGES)}
 _FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(f.name for f in dataclasses.fields(cls)) for cls in MESSAGES}

@@ -30,6 +30,7 @@ MIB = 2**20
 SMALL_SHM = 128 * MIB  # a quarter of it that is less is no store worth having
 SECRET_CHARACTERS = 16
 LISTS = ("api_keys", "sim_ms")  # separated by commas in the environment
+LOG_FORMAT = "log"  # TANDEM_LOG is no setting of a deployment: each process goes by its own (`cluster/logs.py`)
 SCALE = re.compile(r"(\d+)\.\.(\d+)")
 Placement = Literal["least_time", "round_robin", "random", "least_loaded", "prefix_affinity", "power_of_two"]
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Config(pydantic.BaseModel):
     host: str = Field("127.0.0.1", description="address of the HTTP endpoint and of every internal server")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: a free one")
     api_keys: tuple[str, ...] = Field((), repr=False, description="accepted bearer keys; empty: no key is asked for")
-    operator_key: str = Field("", repr=False, description="bearer key of `tandem kv`; needed once `api_keys` is set")
+    operator_key: str = Field("", repr=False, description="key of operators' commands; needed once `api_keys` is set")
 
     # who serves it
     prefill: int = Field(1, ge=0, le=1024, description="prefill workers; 0: decode workers do both")
@@ -171,6 +172,27 @@ class Config(pydantic.BaseModel):
 
 def load(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
     """The merged configuration. `flags` holds only those the user gave. Raises ConfigError with the source named."""
+    merged, origin = _merged(path, environment, flags)
+    try:
+        return Config(**merged)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # what is wrong between two fields names them itself
+            raise ConfigError(f"configuration: {message}") from None
+        key = str(first["loc"][0])
+        raise ConfigError(f"{origin.get(key, 'configuration')}: {key}: {message}") from None
+
+
+def origins(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, str]:
+    """Setting -> where `load` finds its value; those that have their default are not in it. Raises as `load`."""
+    return _merged(path, environment, flags)[1]
+
+
+def _merged(
+    path: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(setting -> value, setting -> its source), of those that are given somewhere."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
 
@@ -183,17 +205,10 @@ def load(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, 
     if path is not None:
         add(_read_toml(path), str(path))
     env = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in environment.items() if k.startswith(ENV_PREFIX)}
+    env.pop(LOG_FORMAT, None)
     add({k: v.split(",") if k in LISTS else v for k, v in env.items()}, f"environment ({ENV_PREFIX}*)")
     add(flags, "command line")
-    try:
-        return Config(**merged)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:  # what is wrong between two fields names them itself
-            raise ConfigError(f"configuration: {message}") from None
-        key = str(first["loc"][0])
-        raise ConfigError(f"{origin.get(key, 'configuration')}: {key}: {message}") from None
+    return merged, origin
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from typing import Protocol
 
 from cluster.demand import DemandMeter
 from cluster.errors import TandemError
+from cluster.logs import set_level
 from cluster.messages import ControllerInfo, RouterInfo
+from cluster.orders import NONE, Orders, carried_out
 from cluster.plan import explain, plan
 from cluster.pools import Action, ChangeRole, Member, Memory, Migrate, Spec, Start
 
@@ -43,6 +45,7 @@ class Observation:
     routers: tuple[RouterInfo, ...]
     failed: tuple[str, ...] = ()  # what did not start, in words, since the last observation
     ended: tuple[tuple[str, float], ...] = ()  # (worker that was stopped, seconds since it was told to drain)
+    orders: Orders = NONE  # of operators
 
 
 class Cluster(Protocol):
@@ -52,6 +55,10 @@ class Cluster(Protocol):
 
     async def act(self, action: Action) -> str:
         """Begin it. Returns what was done in words; empty: there was nothing to do."""
+        ...
+
+    async def withdraw(self, orders: Sequence[str]) -> None:
+        """The orders of those names: they are carried out."""
         ...
 
     async def report(self, info: ControllerInfo) -> None: ...
@@ -71,6 +78,7 @@ class Controller:
         self._drain_s = 0.0
         self._no_start_before_s = 0.0
         self._trouble = ""  # what went wrong in the last round
+        self._began = False  # whether a round has been gone through
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -102,15 +110,27 @@ class Controller:
         async with asyncio.timeout(OBSERVE_S):
             seen = await self._cluster.observe()
         self._hear(seen, now_s)
+        set_level(seen.orders)  # of this process; the others follow by themselves
+        orders = await self._open(seen)
         if seen.routers:  # no router, no word of what clients want: an index that has lost everything looks like this
             self._meter.observe(seen.routers, now_s)
             utc_s = time.time() % DAY_S
             actions, self._memory = plan(
-                self._spec, seen.members, self._meter.demand(), self._memory, now_s, utc_s=utc_s
+                self._spec, seen.members, self._meter.demand(), self._memory, now_s, utc_s, orders
             )
             await self._act(actions, now_s)
         async with asyncio.timeout(OBSERVE_S):
             await self._cluster.report(self._report(seen.members))
+
+    async def _open(self, seen: Observation) -> Orders:
+        """The orders that there is something to do for. Those that are carried out are crossed out, and at the start
+        those about workers of an earlier deployment."""
+        over = carried_out(self._spec, seen.members, seen.orders) if self._began else seen.orders.once
+        if over:
+            async with asyncio.timeout(OBSERVE_S):
+                await self._cluster.withdraw(over)
+        orders, self._began = seen.orders if self._began else seen.orders.lasting, True
+        return orders
 
     async def _act(self, actions: Sequence[Action], now_s: float) -> None:
         possible = [a for a in actions if not isinstance(a, Start) or now_s >= self._no_start_before_s]

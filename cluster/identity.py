@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+APPROXIMATE = "-approximate"
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -15,6 +17,11 @@ class Identity:
     host: str  # address that internal servers bind; empty: the node's own
 
     @property
+    def deployment(self) -> str:
+        """The namespace of exact KV, of workers, routers and orders."""
+        return self.namespace.removesuffix(APPROXIMATE)
+
+    @property
     def approximate(self) -> Identity:
         """The same where stores of approximate KV are found: apart from those of exact KV, in Redis and on disk."""
-        return replace(self, namespace=f"{self.namespace}-approximate")
+        return replace(self, namespace=f"{self.namespace}{APPROXIMATE}")

@@ -1,12 +1,14 @@
 """What to do about the pools now: a pure function of what is asked for, who is there and what clients demand.
 
     drains, leftovers   who is on the way out, or out of decoding: Migrate, Stop
+    ordered             what operators ordered (`cluster/ordered.py`)
     cover               every role has somebody; one worker alone has both
     ratio               roles follow the mix of prompt and output tokens (`cluster/rebalance.py`)
     size                as many workers as the policy wants (`cluster/autoscaling.py`)
 
-The first of the last three that has something to do decides. No clock, no Ray, and no state but `Memory`, which comes
-in and goes out: the controller and the simulator call the same function.
+The first of the last four that has something to do decides; while an operator keeps roles, the ratio is left alone. No
+clock, no Ray, and no state but `Memory`, which comes in and goes out: the controller and the simulator call the same
+function.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from dataclasses import replace
 from cluster.autoscaling import size
 from cluster.capacity import needs, serving
 from cluster.drains import drains
+from cluster.ordered import ordered
+from cluster.orders import NONE, Orders, bounded
 from cluster.pools import (
     Action,
     ChangeRole,
@@ -40,10 +44,17 @@ TREND_S = 2.0  # over which the number of decoding sequences is watched
 
 
 def plan(
-    spec: Spec, members: Sequence[Member], demand: Demand, memory: Memory, now_s: float, utc_s: float = 0.0
+    spec: Spec,
+    members: Sequence[Member],
+    demand: Demand,
+    memory: Memory,
+    now_s: float,
+    utc_s: float = 0.0,
+    orders: Orders = NONE,
 ) -> Decision:
     """(actions in the order in which they are to be done, memory for the next call). To be called about twice a second.
     `utc_s`: seconds since midnight UTC, for schedules."""
+    spec = bounded(spec, orders)
     memory = _noticed(members, demand, memory, now_s)
     found = needs(spec, members, demand, now_s, lately=_lately(memory))
     ended, memory = drains(members, memory, now_s)
@@ -51,8 +62,12 @@ def plan(
     moved, memory = leftovers(members, demand, found, memory, now_s)
     notes += memory.notes
     memory = replace(memory, notes=())
-    actions, memory = cover(spec, members, found, memory, now_s)
+    actions, memory = ordered(spec, members, orders, memory, now_s)
     if not actions:
+        actions, memory = cover(spec, members, found, memory, now_s)
+    if orders.hold_roles:
+        memory = replace(memory, ratio=None)
+    elif not actions:
         actions, memory = ratio(spec, members, found, memory, now_s)
     if not actions:
         actions, memory = size(spec, members, found, demand, memory, Now(now_s, utc_s))

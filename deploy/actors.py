@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster import logs
 from cluster.config import Config
 from cluster.errors import ModelError, StartupError, TandemError
 from cluster.identity import Identity
@@ -33,7 +34,6 @@ from workers.worker import Worker, WorkerSettings
 
 STOP_S = 15.0
 PLACE_S = 60.0  # for processes whose place is reserved
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger(__name__)
 
 
@@ -51,8 +51,8 @@ class Service(Protocol):
 class Actor:
     """Runs one Service on an event loop of its own."""
 
-    def __init__(self, build: Callable[[], Service]) -> None:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    def __init__(self, build: Callable[[], Service], identity: Identity) -> None:
+        _log(identity)
         self._build = build
         self._loop = asyncio.new_event_loop()
         self._started: Future[WorkerInfo | StoreInfo] = Future()
@@ -101,7 +101,7 @@ class WorkerActor(Actor):
         self._began = time.monotonic()  # loading counts as starting
         self._room = ray.util.get_current_placement_group()
         self._shards: list[Any] = []  # an actor lives as long as somebody has its handle
-        super().__init__(lambda: self._worker(settings, model))
+        super().__init__(lambda: self._worker(settings, model), settings.identity)
 
     def progress(self) -> float:
         """How much of the weights is loaded, 0..1; of rank 0's part."""
@@ -142,7 +142,7 @@ class ShardActor:
     """Any other rank of a worker. Ray starts it and looks after its process; everything else is said between ranks."""
 
     def __init__(self, settings: WorkerSettings, model: Path, rank: int, address: str) -> None:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+        _log(settings.identity)
         settings = dataclasses.replace(settings, identity=_here(settings.identity))
         threading.Thread(target=follow, args=(settings, model, rank, address), name="shard", daemon=True).start()
 
@@ -162,7 +162,12 @@ class StoreActor(Actor):
         tenant_share: float,
     ) -> None:
         here = _here(identity)
-        super().__init__(lambda: StoreServer(store_id, layout, memory, here, disk, disk_memory, tenant_share))
+        super().__init__(lambda: StoreServer(store_id, layout, memory, here, disk, disk_memory, tenant_share), identity)
+
+
+def _log(identity: Identity) -> None:
+    logs.configure()
+    logs.follow(identity.redis_url, identity.deployment)
 
 
 def _here(identity: Identity) -> Identity:

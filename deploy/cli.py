@@ -1,4 +1,4 @@
-"""The `tandem` command: `serve` runs a deployment in the foreground, `status` and `kv` look at a running one.
+"""The `tandem` command: `serve` runs a deployment in the foreground; the files named *_cli.py have the other commands.
 
 A StartupError becomes one line on standard error and exit code 1; Ctrl-C and SIGTERM stop everything that was started.
 """
@@ -8,21 +8,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import urllib.error
-import urllib.request
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from cluster import logs
 from cluster.config import Config, load, resolved
 from cluster.errors import StartupError
 from cluster.messages import WorkerInfo
-from deploy import fetch_cli, kv_cli, plan_cli, sim_cli
+from deploy import config_cli, fetch_cli, kv_cli, orders_cli, plan_cli, sim_cli, status_cli
+from deploy.doctor import cli as doctor_cli
 from deploy.environment import prepare
 from deploy.terminal import console, fail
 
@@ -31,7 +30,11 @@ app.add_typer(kv_cli.app, name="kv")
 app.command()(sim_cli.simulate)
 app.command()(plan_cli.plan)
 app.command()(fetch_cli.fetch)
-STATUS_S = 5.0
+app.command()(status_cli.status)
+for order in (orders_cli.drain, orders_cli.roles, orders_cli.scale, orders_cli.restart, orders_cli.log):
+    app.command()(order)
+app.command(context_settings=config_cli.SETTINGS)(config_cli.config)
+app.command()(doctor_cli.doctor)
 MAIN = os.getpid()
 MODEL_HELP = "GGUF file, Hugging Face directory or hub id [default: the demo model]"
 
@@ -88,6 +91,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _serve(config: Config) -> None:
+    logs.configure()
     config = resolved(config)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_keys:
         console.print(f"anybody who reaches {config.host} can use this server: set TANDEM_API_KEYS", style="yellow")
@@ -129,18 +133,6 @@ def _shown(worker: WorkerInfo) -> str:
 
 
 @app.command()
-def status(url: Annotated[str, typer.Option(help="a running deployment")] = "http://127.0.0.1:8000") -> None:
-    """Show the workers, block stores, Redis and controller of a running deployment."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/status", timeout=STATUS_S) as response:
-            state: dict[str, Any] = json.load(response)
-    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-        fail(f"no deployment answers at {url} ({getattr(error, 'reason', error)}); is `tandem serve` running?")
-    console.print(_workers(state), _stores(state), f"Redis is {state['redis']}")
-    console.print(_controller(state["controller"]), highlight=False, markup=False)
-
-
-@app.command()
 def bench(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
@@ -167,48 +159,6 @@ def _bench(model: str, dtype: str, sections: list[str], trace: Path | None, out:
         raise StartupError(f"unknown section {unknown.pop()!r}; there are {', '.join(SECTIONS)}")
     directory = resolve(config.model, lambda _: None).directory if NEED_A_MODEL & set(sections) else None
     run(directory, config, sections, trace, out, console)
-
-
-def _workers(state: dict[str, Any]) -> Table:
-    table = Table(title=f"workers of {state['model']}")
-    columns = ("id", "role", "tp x pp", "node", "pids", "running", "waiting", "KV blocks used", "prefill", "decode")
-    for column in columns:
-        table.add_column(column)
-    for w in state["workers"]:
-        load = (str(w["running"]), str(w["waiting"]), f"{w['kv_blocks_used']} / {w['kv_blocks']}")
-        shards = (f"{w['tp']} x {w['pp']}", w["node"], " ".join(map(str, w["shard_pids"])))
-        table.add_row(w["id"], w["role"], *shards, *(load if w["connected"] else ("lost", "", "")), *_speed(w["rates"]))
-    return table
-
-
-def _speed(rates: dict[str, Any] | None) -> tuple[str, str]:
-    """Prefill and decode of a worker as it has measured them."""
-    if rates is None:
-        return "", ""
-    (step, token, _), (decode, *_) = rates["prefill"], rates["decode"]
-    return f"{step:.1f} ms + {token:.3g} a token", f"{decode:.1f} ms a step"
-
-
-def _controller(info: dict[str, Any] | None) -> str:
-    if info is None:
-        return "no controller: roles and sizes stay as they are"
-    counts = (
-        f"controller (pid {info['pid']}): {info['moves_total']} role changes, {info['starts_total']} starts, "
-        f"{info['stops_total']} stops, {info['migrations_total']} migrations; {info['starting']} starting, "
-        f"{info['draining']} draining, last drain {info['last_drain_s']:.1f} s"
-    )
-    return "\n".join((counts, *(f"  {event}" for event in info["events"])))
-
-
-def _stores(state: dict[str, Any]) -> Table:
-    table = Table(title="block stores")
-    states = ("slabs", "free", "reserved", "held", "cached", "quarantined")
-    for column in ("id", "node", "pid", *states, "on disk"):
-        table.add_column(column)
-    for s in state["stores"]:
-        slabs = [str(s["slabs"][name]) for name in (*states, "disk_blocks")] if s["answers"] else ["lost"]
-        table.add_row(s["id"], s["node"], str(s["pid"]), *slabs)
-    return table
 
 
 def main() -> None:

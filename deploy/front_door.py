@@ -6,6 +6,7 @@ from typing import Any
 
 from ray import serve
 
+from cluster import logs
 from cluster.config import Config
 from router.app import create_app
 from router.settings import RouterSettings
@@ -18,6 +19,8 @@ def application(config: Config, settings: RouterSettings) -> Any:
     all other nodes."""
 
     def build() -> Any:
+        logs.configure()
+        logs.follow(settings.redis_url, settings.namespace)
         return create_app(config, settings)
 
     ingress = serve.ingress(build)()

@@ -6,39 +6,31 @@ found corrupt blocks. No logic of its own: the routes are router/kv.py's.
 
 from __future__ import annotations
 
-import json
-import urllib.error
 import urllib.parse
-import urllib.request
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from deploy.terminal import console, fail
+from deploy.http_client import CALL_S, LOCAL, Key, Url, ask
+from deploy.terminal import console, fail, print_wide
 
-CALL_S = 30.0
 WALK_S = 3_600.0  # verify reads every byte of every store
 MIB = 2**20
-WIDE = 170  # characters: what the larger tables need
 
 app = typer.Typer(no_args_is_help=True, help="Look at the block stores of a running deployment, pin, drop and verify.")
-Url = Annotated[str, typer.Option(help="a running deployment")]
-Key = Annotated[str, typer.Option(envvar="TANDEM_OPERATOR_KEY", show_envvar=True, help="the operator key, if it asks")]
 Text = Annotated[str, typer.Argument(help="beginning of the prompt")]
 System = Annotated[bool, typer.Option("--system", help="TEXT is the system message of chats, not a plain prompt")]
 Salt = Annotated[str, typer.Option(help="cache_salt of the requests that are meant")]
 Tenant = Annotated[str, typer.Option(help="one tenant, as `tandem kv stats` names it [default: all]")]
-LOCAL = "http://127.0.0.1:8000"
 
 
 @app.command()
 def stats(url: Url = LOCAL, key: Key = "") -> None:
     """How full the tiers are, and every store's own account."""
-    state = _ask(url, key, "GET", "/kv")
+    state = ask(url, "GET", "/kv", key)
     console.print(_tier_table(state["tiers"]))
-    _print_wide(_store_table(state["stores"]))
+    print_wide(_store_table(state["stores"]))
     if index := state["index"]:
         console.print(f"index: {index['blocks']} blocks, {index['gaps_total']} gaps, {index['behind_s']:.1f} s behind")
     console.print(f"tenants: {', '.join(state['tenants'])}", soft_wrap=True)
@@ -54,14 +46,14 @@ def ls(
 ) -> None:
     """List blocks by hash."""
     query = urllib.parse.urlencode({"prefix": prefix, "limit": limit})
-    answer = _ask(url, key, "GET", f"/kv/blocks?{query}")
+    answer = ask(url, "GET", f"/kv/blocks?{query}", key)
     table = Table("hash", "parent", "tokens", "store", "tier", "users", "tenant", title="blocks")
     table.columns[0].no_wrap = True  # to be pasted
     for b in answer["blocks"]:
         tier = b["tier"] + (", pinned" if b["pinned"] else "")
         row = (b["hash"], b["parent"][:12], str(b["tokens"]), b["store"], tier, str(b["holders"]), b["tenant"])
         table.add_row(*row)
-    _print_wide(table)
+    print_wide(table)
     _complain(answer["stores"])
 
 
@@ -102,7 +94,7 @@ def drop(
 @app.command()
 def verify(url: Url = LOCAL, key: Key = "") -> None:
     """Recompute name and checksums of every block; corrupt ones are dropped, and the exit code is 1."""
-    stores = _ask(url, key, "POST", "/kv/verify", {}, WALK_S)["stores"]
+    stores = ask(url, "POST", "/kv/verify", key, {}, WALK_S)["stores"]
     table = Table("store", "checked", "corrupt", title="verified")
     for store in stores:
         table.add_row(store["store"], str(store.get("checked", "")), str(store.get("corrupt", "no answer")))
@@ -118,7 +110,7 @@ def _prompt(text: str, system: bool, cache_salt: str, tenant: str) -> dict[str, 
 
 
 def _count(verb: str, what: str, body: dict[str, Any], url: str, key: str) -> None:
-    answer = _ask(url, key, "POST", f"/kv/{verb}", body, WALK_S if "all" in body else CALL_S)
+    answer = ask(url, "POST", f"/kv/{verb}", key, body, WALK_S if "all" in body else CALL_S)
     of = f" of {answer['asked']}" if "asked" in answer else ""
     for store in answer["stores"]:
         if "error" not in store:
@@ -132,35 +124,6 @@ def _complain(stores: list[dict[str, Any]]) -> None:
     """Fail when a store did not answer."""
     if errors := [f"{store['store']}: {store['error']}" for store in stores if "error" in store]:
         fail("; ".join(errors))
-
-
-def _ask(
-    url: str, key: str, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = CALL_S
-) -> Any:
-    bearer = f"Bearer {key}".encode().decode("latin-1")  # as the bytes are to be sent
-    headers = {"content-type": "application/json"} | ({"authorization": bearer} if key else {})
-    try:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{url.rstrip('/')}{path}", data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        fail(_reason(error))
-    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-        fail(f"no deployment answers at {url} ({getattr(error, 'reason', error)}); is `tandem serve` running?")
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    """The API's own words, if it is the API that answered."""
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{error.url} answered {error.code} {error.reason}"
-
-
-def _print_wide(table: Table) -> None:
-    """Also where a terminal has fewer columns: lines that wrap are better than figures that are cut away."""
-    Console(width=max(WIDE, console.width)).print(table)
 
 
 def _tier_table(tiers: dict[str, Any]) -> Table:

@@ -23,6 +23,7 @@ from cluster.errors import TandemError
 from cluster.identity import Identity
 from cluster.membership import Membership
 from cluster.messages import ControllerInfo, Drain, Migrate, SetRole, StoreInfo, WorkerInfo
+from cluster.order_book import OrderBook
 from cluster.pools import Action, Member
 from cluster.rpc import Client
 from cluster.store_messages import StatRequest, StoreStat
@@ -44,12 +45,14 @@ class ManagedCluster:
         self._worker_timeout_s = config.worker_timeout
         self._reader_id = f"controller-{secrets.token_hex(4)}"
         self._membership = Membership(identity.redis_url)
+        self._orders = OrderBook(identity.redis_url)
         self._reports: dict[str, WorkerReports] = {}  # worker id -> those of its latest start
         self._ray = ThreadPoolExecutor(1, "controller-ray")
 
     async def observe(self) -> Observation:
         workers, _ = await self._membership.members(self._namespace)
         routers, _ = await self._membership.reports(self._namespace)
+        orders = await self._orders.read(self._namespace)
         progress = await self._with_ray(self._workforce.advance)
         posts = self._workforce.posts()
         await self._follow(posts, {worker.id: worker for worker in workers})
@@ -60,6 +63,7 @@ class ManagedCluster:
             tuple(routers),
             tuple(error.message for error in progress.failed),
             tuple((post.id, now_s - post.since_s) for post in progress.ended),
+            orders,
         )
 
     async def act(self, action: Action) -> str:
@@ -83,12 +87,16 @@ class ManagedCluster:
         await self._with_ray(lambda: self._workforce.stop_worker(post.id))
         return f"{post.id} has nothing left to do"
 
+    async def withdraw(self, orders: Sequence[str]) -> None:
+        await self._orders.withdraw(self._namespace, orders)
+
     async def report(self, info: ControllerInfo) -> None:
         await self._membership.register(info)
 
     async def close(self) -> None:
         await asyncio.gather(*(reports.close() for reports in self._reports.values()))
         await self._membership.close()
+        await self._orders.close()
         await asyncio.to_thread(self._ray.shutdown)  # nobody else may use Ray's side before
 
     async def _with_ray(self, call: Callable[[], Result]) -> Result:

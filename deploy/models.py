@@ -59,15 +59,18 @@ def resolve(model: str, progress: Progress) -> ResolvedModel:
     raise ModelError(f"no such file or directory: {model}; give a GGUF file, a Hugging Face directory or a hub id")
 
 
+def installed_demo() -> Path | None:
+    """The demo model's GGUF file where it is already, installed or cached; None: nowhere."""
+    package = importlib.util.find_spec(DEMO_MODULE)  # found, not imported: importing it wants llama.cpp
+    places = [Path(folder) / DEMO_FILE for folder in (package.submodule_search_locations or [])] if package else []
+    return next((place for place in (*places, cache_root() / DEMO_FILE) if place.is_file()), None)
+
+
 def demo_file() -> Path:
     """The demo model's GGUF file: installed, cached, or downloaded into the cache."""
-    package = importlib.util.find_spec(DEMO_MODULE)  # found, not imported: importing it wants llama.cpp
-    for folder in (package.submodule_search_locations or []) if package else []:
-        if (installed := Path(folder) / DEMO_FILE).is_file():
-            return installed
+    if (there := installed_demo()) is not None:
+        return there
     cached = cache_root() / DEMO_FILE
-    if cached.is_file():
-        return cached
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent, prefix="download-") as folder:

@@ -6,8 +6,16 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
+
+WIDE = 170  # characters: what the larger tables need
 
 console = Console()
+
+
+def print_wide(table: Table) -> None:
+    """Also where a terminal has fewer columns: lines that wrap are better than figures that are cut away."""
+    Console(width=max(WIDE, console.width)).print(table)
 
 
 def fail(message: str) -> NoReturn:

@@ -10,8 +10,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from cluster.errors import TandemError
+from router import request_log
 from router.choices import Serve
 from router.gate import Pass
+from router.http_errors import code
 from router.recorder import Recorded, Recorder, block_ids
 from router.report import Tally
 from router.request import Delta, Request
@@ -35,6 +37,7 @@ class Account:
         self._tally.prompt_tokens += len(request.prompt)
         first_s = last_s = 0.0  # monotonic times of deliveries
         tokens = cached_tokens = 0
+        outcome = request_log.CLOSED
         try:
             async with aclosing(self._serve(request)) as deltas:
                 async for delta in deltas:
@@ -48,12 +51,17 @@ class Account:
                     tokens += new
                     self._tally.output_tokens += new
                     self._passage.delivered(new)
+                    outcome = delta.finish or outcome
                     yield delta
-        except TandemError:
-            if not first_s:
+        except Exception as error:
+            outcome = code(error)
+            if isinstance(error, TandemError) and not first_s:
                 self._passage.failed()
             raise
         finally:  # finished, failed, or nobody wants more: what was served was served
+            ttft_ms = 1000 * (first_s - self._arrival_s) if first_s else None
+            itl_ms = 1000 * (last_s - first_s) / (tokens - 1) if tokens > 1 else None
+            request_log.finished(request, outcome, tokens, cached_tokens, ttft_ms, itl_ms)
             if tokens and self._recorder is not None:
                 self._recorder.record(self._line(self._recorder, request, tokens, cached_tokens, first_s, last_s))
 

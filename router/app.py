@@ -21,6 +21,7 @@ from starlette.responses import Response
 from cluster.config import Config
 from cluster.membership import Membership
 from cluster.messages import FinishReason
+from cluster.order_book import OrderBook
 from kvstore.mirror import Mirror
 from kvstore.prefix_map import PrefixMap
 from router import http_errors
@@ -34,6 +35,7 @@ from router.metrics import Metrics
 from router.middleware import ApiKeys, BodyLimit, RequestId
 from router.openai import ChatRequest, CompletionRequest, GenerationRequest
 from router.operations import operations
+from router.orders import orders
 from router.placement import Decision
 from router.responses import DONE, ChatFormat, CompletionFormat, Format, Head, Whole
 from router.service import Caller, Service
@@ -69,6 +71,7 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
         policy=config.placement,
     )
     service = Service(config, settings, fleet, metrics, router_id)
+    book = OrderBook(settings.redis_url) if settings.redis_url else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -83,6 +86,8 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
             await fleet.close()
             if mirror is not None:
                 await mirror.close()
+            if book is not None:
+                await book.close()
 
     app = FastAPI(title="Tandem", lifespan=lifespan, redoc_url=None)
     app.router.route_class = JsonRoute
@@ -92,6 +97,7 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     app.add_middleware(RequestId)
     app.include_router(operations(fleet, metrics, settings, router_id, mirror))
     app.include_router(kv(fleet, Chains(config, settings, service.text), config, mirror))
+    app.include_router(orders(fleet, config, settings, book))
     _add_generation(app, service, metrics, settings.served_model_name)
     return app
 

@@ -63,7 +63,8 @@ def install(app: FastAPI, metrics: Metrics) -> None:
             metrics.ended(code(error))
         answer = response(error)
         if answer.status_code >= 500:
-            log.error("request %s failed: %r", request.state.request_id, error)
+            fields = {"request_id": request.state.request_id, "outcome": code(error)}
+            log.error("request %s failed: %r", request.state.request_id, error, extra={"fields": fields})
         return answer
 
     async def tandem_error(request: Request, error: Exception) -> Response:

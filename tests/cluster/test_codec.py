@@ -1,4 +1,5 @@
 import contextlib
+from typing import get_args
 
 import msgpack
 import pytest
@@ -10,6 +11,7 @@ from cluster import shard_messages as w
 from cluster import store_messages as s
 from cluster.codec import MESSAGES, decode, encode
 from cluster.errors import ProtocolError
+from cluster.orders import Order
 
 GENERATION = m.Generation(
     "r-0-0d", (1, 2, 3), (), m.Sampling(logit_bias=((5, -1.5),), stop_token_ids=(2,)), b"salt", 600_000
@@ -76,4 +78,4 @@ def test_what_is_not_a_message_cannot_be_sent() -> None:
 
 def test_every_message_class_has_a_code() -> None:
     classes = {c for words in (m, s, w) for c in vars(words).values() if getattr(c, "__module__", "") == words.__name__}
-    assert {c for c in classes if isinstance(c, type)} == set(MESSAGES)
+    assert {c for c in classes if isinstance(c, type)} | set(get_args(Order)) == set(MESSAGES)

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -10,7 +10,8 @@ import pytest
 from cluster.controller import RETRY_S, Controller, Observation, running
 from cluster.errors import Unavailable
 from cluster.messages import ControllerInfo, RouterInfo
-from cluster.pools import Action, Member, Spec, Start, Stop
+from cluster.orders import Orders, RestartOrder, ScaleOrder
+from cluster.pools import Action, Drain, Member, Spec, Start, Stop
 from tests.serving import wait_until
 
 ROUTER = RouterInfo("r", "ns", 1, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
@@ -34,13 +35,15 @@ class Pool:
     reports: list[ControllerInfo] = field(default_factory=list)
     looked: int = 0
     closed: bool = False
+    orders: Orders = field(default_factory=Orders)
+    withdrawn: list[str] = field(default_factory=list)
 
     async def observe(self) -> Observation:
         self.looked += 1
         if self.blind is not None:
             raise self.blind
         failed, ended, self.failed, self.ended = self.failed, self.ended, (), ()
-        return Observation(tuple(self.members), self.routers, failed, ended)
+        return Observation(tuple(self.members), self.routers, failed, ended, self.orders)
 
     async def act(self, action: Action) -> str:
         self.asked.append(action)
@@ -53,6 +56,10 @@ class Pool:
         elif isinstance(action, Stop):
             self.members = [member for member in self.members if member.id != action.id]
         return f"did {type(action).__name__}"
+
+    async def withdraw(self, orders: Sequence[str]) -> None:
+        self.withdrawn += orders
+        self.orders = Orders()
 
     async def report(self, info: ControllerInfo) -> None:
         self.reports.append(info)
@@ -115,6 +122,31 @@ def test_after_a_start_that_failed_it_waits_before_the_next() -> None:
     assert any("no room" in event for event in pool.reports[-1].events)
     steps(pool, 60, controller, 30.0 + RETRY_S)
     assert len(pool.asked) == 2
+
+
+def test_an_order_is_carried_out_and_then_crossed_out() -> None:
+    pool = Pool([SERVING, replace(SERVING, id="both-1")])
+    controller = steps(pool, 1)
+    pool.orders = Orders(drain=frozenset(["both-1"]))
+    steps(pool, 1, controller, 1.0)
+    assert pool.asked[0] == Drain("both-1")
+    assert pool.withdrawn == []
+    pool.members = [SERVING]
+    steps(pool, 1, controller, 2.0)
+    assert pool.withdrawn == ["drain/both-1"]
+
+
+def test_orders_about_workers_of_an_earlier_deployment_are_dropped_and_the_others_hold() -> None:
+    """Its ids are given again."""
+    pool = Pool([SERVING, replace(SERVING, id="both-1")])
+    left = Orders(frozenset(["both-1"]), restart=RestartOrder(("both-0",), 2), scale=ScaleOrder(3, 3))
+    pool.orders = left
+    controller = steps(pool, 1)
+    assert pool.withdrawn == ["drain/both-1", "restart"]
+    assert pool.asked == []
+    pool.orders = left.lasting
+    steps(pool, 5, controller, 1.0)
+    assert pool.asked == [Start("both")]
 
 
 def test_without_word_from_a_router_nothing_is_decided() -> None:

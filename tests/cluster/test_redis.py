@@ -17,6 +17,8 @@ import redis
 from cluster.errors import StartupError, Unavailable
 from cluster.membership import Membership
 from cluster.messages import StoreInfo
+from cluster.order_book import OrderBook
+from cluster.orders import ScaleOrder
 from cluster.redis import Link
 from kvstore import mirror as mirror_module
 from kvstore.index import Index, IndexWriter, Standing
@@ -91,7 +93,11 @@ async def use_everything(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert await membership.members("ns") == ([], [])
     await until(lambda: mirror.stat().blocks == 0, "the mirror follows")
     assert mirror.stat().gaps_total == 0
-    for each in (membership, index, mirror, writer, other):
+    orders = OrderBook(url)
+    await orders.give("ns", ScaleOrder(1, 2))
+    assert (await orders.read("ns")).scale == ScaleOrder(1, 2)
+    await orders.withdraw("ns", ["scale"])
+    for each in (membership, index, mirror, writer, other, orders):
         await each.close()
 
 
