@@ -138,6 +138,7 @@ def test_kubernetes_nodes_have_roles_in_the_eyes_of_rays_autoscaler() -> None:
     (job,) = [part for part in documents() if part["kind"] == "RayJob"]
     spec = job["spec"]["rayClusterSpec"]
     assert spec["rayVersion"] == pinned_version("ray")
+    assert spec["authOptions"] == {"mode": "token"}
     cluster = {"metadata": {"name": "tandem", "namespace": "default"}, "spec": spec}
     config = _derive_autoscaling_config_from_ray_cr(cluster)
     validate_config(config)
