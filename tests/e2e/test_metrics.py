@@ -32,10 +32,10 @@ from workers.sim import sim_layout
 BLOCK = 16
 LAYOUT = sim_layout(BLOCK)
 SLABS = 240  # of the store: more than a handoff needs, fewer than a worker's 256 blocks
-SETTLE_S = 60.0
+SETTLE_S = 40.0
 POLICY = "tests.e2e.policies:as_the_file_says"
 SETTINGS = {
-    "TANDEM_SIM_MS": "10,0.1,0", "TANDEM_THREADS": "1", "TANDEM_MAX_SEQUENCES": "8", "TANDEM_MAX_QUEUE": "8",
+    "TANDEM_SIM_MS": "10,0.03,0", "TANDEM_THREADS": "1", "TANDEM_MAX_SEQUENCES": "8", "TANDEM_MAX_QUEUE": "8",
     "TANDEM_STORE_MEMORY": str(rig.memory_for(SLABS, LAYOUT)), "TANDEM_SECRET": rig.SECRET,
     "TANDEM_API_KEYS": "key-of-a-tenant", "TANDEM_OPERATOR_KEY": "key-of-the-operator",
 }  # fmt: skip
@@ -181,7 +181,7 @@ def faults(watch: Watch, served: Served, clients: Clients, index: EmbeddedRedis)
     assert [clients.ask(480, 2, seed=30), clients.ask(20, 2, seed=31)] == [200] * 2
     with watch.scenario("worker lost"), ThreadPoolExecutor(6) as pool:
         failed = clients.grown("tandem_handoff_failures_total")
-        asked = [pool.submit(clients.ask, 1_500, 2) for _ in range(6)]
+        asked = [pool.submit(clients.ask, 700, 2) for _ in range(24)]  # six at a time
         wait_until(lambda: clients.value("tandem_worker_running", worker="prefill-0") > 0, SETTLE_S)
         os.kill(served.pid("prefill-0"), signal.SIGKILL)
         failed()
@@ -193,6 +193,7 @@ def faults(watch: Watch, served: Served, clients: Clients, index: EmbeddedRedis)
         assert clients.ask(480, 2, seed=30) == 200
         fetched()
     with watch.scenario("computed"):
+        assert [clients.ask(400, 2) for _ in range(4)] == [200] * 4  # by which the new worker learns how fast it is
         computed = clients.grown("tandem_recomputed_tokens_total")
         assert clients.ask(20, 2, seed=31) == 200
         computed()
