@@ -32,13 +32,11 @@ class Watch:
         self._moved: dict[Scenario, set[str]] = {}  # names of samples
 
     def moved(self, family: Family) -> bool:
-        """Whether its own scenario did."""
+        """Whether its own scenario did, or whether it is there and above zero, if that is its scenario."""
+        if family.moved_by == "steady":
+            return any(value > 0 for (name, _), value in page(self._served).items() if name == family.name)
         name = family.name + ("_count" if family.kind == "histogram" else "")
         return name in self._moved.get(family.moved_by, set())
-
-    def steady(self, family: Family) -> bool:
-        """There, and above zero."""
-        return any(value > 0 for (name, _), value in page(self._served).items() if name == family.name)
 
     def text(self) -> str:
         with urllib.request.urlopen(f"{self._served.url}/metrics", timeout=10) as response:
