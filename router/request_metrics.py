@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import get_args
 
-from cluster.errors import TandemError, subclasses
+from cluster.errors import StartupError, TandemError, subclasses
 from router.families import counter, gauge, histogram
 from router.placement import Kind
 
 FINISHED = "finished"
 CANCELLED = "cancelled"
-OUTCOMES = (FINISHED, CANCELLED, *sorted(subclasses(TandemError)))
+OUTCOMES = (FINISHED, CANCELLED, *sorted(subclasses(TandemError).keys() - subclasses(StartupError).keys()))
 REFUSALS = ("door", "displaced", "late", "timeout", "nobody", "closed")
 PLACEMENTS: tuple[str, ...] = get_args(Kind)
 PRIORITY_CLASSES = ("before", "normal", "after")

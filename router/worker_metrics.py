@@ -156,8 +156,8 @@ PARTS: tuple[tuple[Family, dict[str, Callable[[Load], float]]], ...] = (  # the 
     (
         counter(
             "tandem_step_seconds_total", ("worker", "phase"), "seconds",
-            "of the engine's thread: model (waiting for a step's result), engine (scheduling, sampling's bookkeeping,"
-            " events), idle", "served",
+            "of the engine's thread: model (waiting for a step's result), engine (scheduling, bookkeeping, events),"
+            " idle", "served",
         ),
         {
             "model": lambda load: load.model_seconds_total,

@@ -1,4 +1,5 @@
 """Every alert fires when what it is for is caused, and not before: a real Prometheus, a real deployment, real faults.
+The dashboard asks the same Prometheus.
 
 The rules are those of deploy/monitoring/alerts.yaml with their patience cut short: `for` and the windows of rates, or
 each alert would take minutes. Thresholds stay.
@@ -25,6 +26,7 @@ import pytest
 import yaml
 
 from deploy.environment import free_range
+from deploy.monitoring.dashboards import dashboard
 from kvstore.redis_server import EmbeddedRedis
 from tests.serving import Served, serving, wait_until
 
@@ -57,7 +59,15 @@ class Alerts:
         return {rule["name"] for group in groups for rule in group["rules"]}
 
     def scrapes(self) -> float:
-        return self._value('sum_over_time(up{job="tandem"}[1h])')
+        found = self.ask('sum_over_time(up{job="tandem"}[1h])')
+        return float(found[0]["value"][1]) if found else 0.0
+
+    def ask(self, query: str) -> list[dict[str, Any]]:
+        """Fails when that is no PromQL."""
+        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10)
+        assert answer.is_success, (query, answer.text)
+        found: list[dict[str, Any]] = answer.json()["data"]["result"]
+        return found
 
     def await_firing(self, *names: str) -> None:
         wait_until(lambda: set(names) <= self.firing(), FIRES_S, lambda: f"{names}, but {self.firing()}")
@@ -68,10 +78,6 @@ class Alerts:
 
     def await_quiet(self, *names: str) -> None:
         wait_until(lambda: not set(names) & self.firing(), FIRES_S, lambda: f"{self.firing()}")
-
-    def _value(self, query: str) -> float:
-        found = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10).json()["data"]["result"]
-        return float(found[0]["value"][1]) if found else 0.0
 
 
 @contextmanager
@@ -167,6 +173,7 @@ def test_every_alert_fires_when_it_is_caused(tiny: Path, tmp_path: Path) -> None
             wait_until(lambda: alerts.scrapes() >= 5, 60)
             assert alerts.firing() == set()
         too_much(served, caused)
+        panels_have_something_to_show(alerts)
         dead_workers(served, caused, alerts)
         bad_blocks(served, disk, caused, alerts)
         alerts.assert_quiet("TandemIndexLost", "TandemControllerGone")
@@ -189,8 +196,17 @@ def too_much(served: Served, caused: Any) -> None:
         caused("TandemRefusing", "TandemKvCacheFull", "TandemPreempting", "TandemTtftOverSlo", "TandemItlOverSlo")
 
 
+def panels_have_something_to_show(alerts: Alerts) -> None:
+    """All but those of GPUs, which this machine need not have."""
+    for panel in dashboard()["panels"]:
+        for target in panel.get("targets", ()):
+            query = target["expr"].replace("$__rate_interval", "1m").replace("$gpu_hour_price", "2.50")
+            assert alerts.ask(query) or "tandem_gpu_" in query, (panel["title"], query)
+
+
 def dead_workers(served: Served, caused: Any, alerts: Alerts) -> None:
     alerts.assert_quiet("TandemHandoffFailures", "TandemNoWorkers", "TandemErrors")
+    alerts.await_quiet("TandemRefusing", "TandemPreempting")  # then there are few other handoffs in the window
     before = served.metric("tandem_handoffs_total")
     with traffic(served, users=4, length=1_500, new=2):  # so many that some prompt is always being computed
         wait_until(lambda: served.metric("tandem_handoffs_total") > before, FIRES_S)
