@@ -33,7 +33,7 @@ MESSAGES: tuple[type, ...] = (
     s.Find, s.Found, s.Fetch, s.List, s.BlockInfo, s.Listing, s.Pin, s.Drop, s.Verify, s.Count, s.Fragments, s.Put,
     w.Joined, w.Begin, w.Loaded, w.Failed, w.Admitted, w.StepPlan, w.StepResult, w.WriteBlocks, w.Written,
     w.FollowBlocks, w.Followed, w.StoredRun, w.FetchBlocks, w.FetchedRun, w.FetchedBlocks, w.CancelBlocks,
-    m.Drain, m.Migrate, m.Rates, m.CacheChange, m.RouterInfo, m.ControllerInfo,
+    m.Drain, m.Migrate, m.Rates, m.CacheChange, m.RouterInfo, m.ControllerInfo, m.Gpu,
     o.DrainOrder, o.RoleOrder, o.SplitOrder, o.ScaleOrder, o.RestartOrder, o.LogOrder,
 )  # fmt: skip
 _CODES: dict[type, int] = {cls: code for code, cls in enumerate(MESSAGES)}

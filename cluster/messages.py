@@ -172,6 +172,13 @@ class Load:
     offloaded_blocks_total: int = 0  # blocks written to the store outside handoffs
     offload_failures_total: int = 0  # blocks that the store had no room for, or could not take
     context_tokens: int = 0  # tokens whose KV the running sequences have in their blocks
+    device_tokens_total: int = 0  # prompt tokens whose KV was in this worker's own cache, of jobs without a handoff
+    handoffs_total: int = 0  # handoffs followed to their end, whole or not
+    fetches_total: int = 0  # times that fetching was predicted to be faster than computing ...
+    recomputes_total: int = 0  # ... and that computing was, of runs of blocks that a store had
+    model_seconds_total: float = 0.0  # the engine's thread waited for the model
+    busy_seconds_total: float = 0.0  # ... and had something to do, that included
+    idle_seconds_total: float = 0.0  # ... and had nothing to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +198,18 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU of a worker's node, as its driver sees it now."""
+
+    id: str  # the driver's UUID: several workers of a node tell of the same ones
+    name: str
+    utilization: float  # part of the last second in which a kernel ran, 0 to 1
+    memory_used: int  # bytes
+    memory_total: int
+    power_w: float
+
+
+@dataclass(frozen=True, slots=True)
 class CacheChange:
     """What became of the blocks in a worker's KV cache that a prefix hit can use, since the frame before."""
 
@@ -207,6 +226,7 @@ class StepOutput:
     load: Load
     rates: Rates | None = None  # with the first frame and then about once a second
     cache: CacheChange | None = None
+    gpus: tuple[Gpu, ...] = ()  # with `rates`; empty: the node has none
 
 
 # ------------------------------------------------------------------------------------------------------ membership

@@ -53,6 +53,7 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     the model directory has no usable tokenizer.
     """
     metrics = Metrics()
+    metrics.promise(config)
     router_id = f"router-{uuid.uuid4().hex[:12]}"
     members = members or Membership(settings.redis_url)
     secret, stores = settings.cluster_secret, settings.store_namespaces

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ class Attempt:
         self._decode: _Leg | None = None
         self._cached_from = ""  # id of the leg that looks up the prompt in the cache
         self._failure: TandemError | None = None
+        self._began_s: dict[str, float] = {}  # leg id -> when its first frame came, monotonic
 
     async def start(self) -> None:
         """Place, and submit to both workers; returns when the prefill worker, if any, has accepted."""
@@ -100,12 +102,19 @@ class Attempt:
 
     def leave(self) -> list[Coroutine[Any, Any, None]]:
         """Detach all legs and return the aborts to run for those that may still be going on."""
+        self._note_handoff()
         if self._prefill and self._decode and self._decode.finished:  # its blocks are not needed any more
             self._prefill.finished = not self._prefill_pending
         self._unreserve()
         for leg in self._legs:
             leg.link.detach(leg.id)
         return [_abort(leg) for leg in self._legs if not leg.finished]
+
+    def _note_handoff(self) -> None:
+        """What of the handoff nothing hid: the decode worker's first frame says that it has everything."""
+        first = [self._began_s.get(leg.id) if leg else None for leg in (self._prefill, self._decode)]
+        if first[0] is not None and first[1] is not None:
+            self._progress.request.exposed_s.append(max(0.0, first[1] - first[0]))
 
     def _place(self) -> Decision:
         """The workers to ask, with the decode worker's part reserved. Raises Unavailable when nobody is left."""
@@ -181,7 +190,7 @@ class Attempt:
 
     def _open(self, link: WorkerLink, job: PrefillJob | DecodeJob) -> _Leg:
         leg_id = job.generation.id
-        link.attach(leg_id, self._events)
+        link.attach(leg_id, self._events, job.generation.tenant)
         leg = _Leg(leg_id, link, asyncio.create_task(_outcome(link, job)))
         self._legs.append(leg)
         return leg
@@ -200,12 +209,14 @@ class Attempt:
         if isinstance(event, LegFailed):
             self._take_failure(leg, event.error)
             return
+        self._began_s.setdefault(leg.id, time.monotonic())
         self._frames.append(event)
         if leg.id == self._cached_from and self._start == 0:
             cached = min(event.cached_tokens, len(self._progress.request.prompt))
             self._progress.cached_tokens = max(self._progress.cached_tokens, cached)
         if leg is self._prefill:
             self._prefill_pending = False
+            leg.link.ended(leg.id)
         elif leg is self._decode and event.finish:
             leg.finished = True
 

@@ -103,6 +103,8 @@ class Choices:
             await self._generate(index, plan)
         except Exception as error:  # handed to whoever reads the pieces, who raises it
             self._pieces.put_nowait(error)
+        finally:
+            self._metrics.placed(plan.request)
 
     async def _generate(self, index: int, plan: Plan) -> None:
         last = None  # time of the latest delivery
@@ -113,9 +115,11 @@ class Choices:
                 now = time.monotonic()
                 if last is None:
                     self._metrics.ttft.observe(now - self._arrival)
+                    self._metrics.tenants.prompt(plan.request, delta.cached_tokens)
                 else:
                     self._metrics.itl.observe((now - last) / max(1, len(delta.tokens)))
                 last = now
+                self._metrics.tenants.output(plan.request, len(delta.tokens))
                 self._cached[index] = delta.cached_tokens
                 new, finish = _advance(plan, delta)
                 text, tokens = text + new, tokens + delta.tokens

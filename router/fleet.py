@@ -81,7 +81,7 @@ class Fleet:
         self._secret = secret
         self._worker_timeout_s = worker_timeout_s
         self._links: dict[str, WorkerLink] = {}  # worker id -> its connection
-        self._listed: frozenset[str] = frozenset()  # worker ids in the last membership answer
+        self.listed: frozenset[str] = frozenset()  # worker ids in the last membership answer
         self._connected: set[str] = set()  # ids of the workers that were when `table` was selected
         self._task: asyncio.Task[None] | None = None
 
@@ -182,7 +182,7 @@ class Fleet:
     async def _adopt(self, workers: list[WorkerInfo]) -> None:
         if not workers and any(link.alive for link in self._links.values()):
             return  # an index that came back empty; the living will register again
-        self._listed = frozenset(worker.id for worker in workers)
+        self.listed = frozenset(worker.id for worker in workers)
         for worker in workers:
             known = self._links.get(worker.id)
             if known and (known.info.incarnation, known.info.address) == (worker.incarnation, worker.address):
@@ -202,7 +202,7 @@ class Fleet:
                 self._select()
                 await known.close()
         gone = [
-            link for link in self._links.values() if link.info.id not in self._listed and (link.idle or not link.alive)
+            link for link in self._links.values() if link.info.id not in self.listed and (link.idle or not link.alive)
         ]
         for link in gone:
             del self._links[link.info.id]
@@ -224,7 +224,7 @@ class Fleet:
     def _select(self) -> None:
         """Bring the table's rows up to date with who is connected and listed."""
         self._connected = {worker_id for worker_id, link in self._links.items() if link.alive}
-        wanted = self._connected & self._listed or self._connected
+        wanted = self._connected & self.listed or self._connected
         for worker_id in self.table.ids():
             if worker_id not in wanted:
                 self.table.remove(worker_id)

@@ -1,88 +1,35 @@
 """What /metrics says: this router's own counts and times, and the last word of every worker and store it knows.
 
-Worker and store values are read when Prometheus asks and are never kept here, so a worker that is gone is gone from
-the page too. Worker counters start again at zero when a worker restarts, as Prometheus counters may.
+    request_metrics   tenant_metrics                    counted here, for as long as the process lives
+    worker_metrics    store_metrics   cluster_metrics   read at a scrape from what others said last, and kept nowhere
+
+Each of those files declares its metrics (`router/families.py`) and is the place for another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from cluster.messages import Load, Rates, StoreInfo
-from cluster.perfmodel import decode_ms, prefill_ms
-from cluster.store_messages import StoreStat
-from kvstore.mirror import MirrorStat
+from cluster.config import Config
+from router import cluster_metrics, request_metrics, store_metrics, tenant_metrics, worker_metrics
 from router.fair_queue import FairQueue
-from router.outputs import WorkerLink
+from router.request import Request
+from router.request_metrics import CANCELLED, FINISHED
+from router.scrape import Scrape
 
-FINISHED = "finished"
-CANCELLED = "cancelled"
-TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
-WAIT_BUCKETS_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-PRIORITY_CLASSES = ("before", "normal", "after")
-E2E_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+__all__ = ["CANCELLED", "FAMILIES", "FINISHED", "Metrics"]
 
-WORKER_GAUGES: dict[str, tuple[str, Callable[[Load], int]]] = {
-    "tandem_worker_running": ("Sequences in the batch", lambda load: load.running),
-    "tandem_worker_waiting": ("Sequences waiting", lambda load: load.waiting),
-    "tandem_worker_waiting_tokens": ("Prompt tokens not yet computed", lambda load: load.waiting_tokens),
-    "tandem_worker_kv_blocks_used": ("KV blocks held by sequences", lambda load: load.blocks_total - load.blocks_free),
-    "tandem_worker_kv_blocks_free": ("KV blocks no sequence holds", lambda load: load.blocks_free),
-    "tandem_worker_kv_blocks_cached": ("Free KV blocks a prefix hit can use", lambda load: load.blocks_cached),
-    "tandem_worker_kv_blocks": ("KV blocks in all", lambda load: load.blocks_total),
-}
-WORKER_COUNTERS: dict[str, tuple[str, Callable[[Load], float]]] = {
-    "tandem_steps": ("Engine steps", lambda load: load.steps_total),
-    "tandem_prompt_tokens": ("Prompt tokens computed", lambda load: load.prompt_tokens_total),
-    "tandem_cached_tokens": ("Prompt tokens found in a cache", lambda load: load.cached_tokens_total),
-    "tandem_output_tokens": ("Tokens generated", lambda load: load.output_tokens_total),
-    "tandem_preemptions": ("Sequences preempted", lambda load: load.preemptions_total),
-    "tandem_handoff_bytes": ("KV bytes copied from a store", lambda load: load.handoff_bytes_total),
-    "tandem_handoff_seconds": ("Time spent copying KV", lambda load: load.handoff_seconds_total),
-    "tandem_handoff_failures": ("Handoffs that were recomputed", lambda load: load.handoff_failures_total),
-    "tandem_fetch_bytes": ("KV bytes fetched from the offload tier", lambda load: load.fetched_bytes_total),
-    "tandem_fetch_seconds": ("Time spent fetching KV", lambda load: load.fetch_seconds_total),
-    "tandem_fetch_failures": ("Fetches that brought less than asked for", lambda load: load.fetch_failures_total),
-    "tandem_recomputed_tokens": (
-        "Prompt tokens a store had, computed because that was predicted to be faster",
-        lambda load: load.recomputed_tokens_total,
-    ),
-    "tandem_offloaded_blocks": ("Blocks written to a store outside handoffs", lambda load: load.offloaded_blocks_total),
-    "tandem_offload_failures": ("Blocks that no store took", lambda load: load.offload_failures_total),
-}
-FETCHED_TOKENS: dict[str, Callable[[Load], int]] = {  # where from -> prompt tokens whose KV came from there
-    "memory": lambda load: load.fetched_memory_tokens_total,
-    "disk": lambda load: load.fetched_disk_tokens_total,
-    "remote": lambda load: load.fetched_remote_tokens_total,
-}
-STORE_GAUGES: dict[str, tuple[str, Callable[[StoreStat], int]]] = {
-    "tandem_store_block_bytes": ("Bytes of one block", lambda stat: stat.block_bytes),
-    "tandem_store_transfers": ("Handoffs under way", lambda stat: stat.transfers),
-    "tandem_store_pinned_blocks": ("Cached blocks that are evicted last", lambda stat: stat.pinned),
-    "tandem_store_disk_blocks": ("Blocks on disk", lambda stat: stat.disk_blocks),
-    "tandem_store_disk_bytes": ("Bytes on disk", lambda stat: stat.disk_bytes),
-    "tandem_store_disk_limit_bytes": ("Size of the disk tier; 0: there is none", lambda stat: stat.disk_limit_bytes),
-}
-STORE_STATES = ("free", "reserved", "held", "cached", "quarantined")
-STORE_COUNTERS: dict[str, tuple[str, Callable[[StoreStat], int]]] = {
-    "tandem_store_sealed_bytes": ("KV bytes sealed", lambda stat: stat.sealed_bytes_total),
-    "tandem_store_evictions": ("Blocks evicted", lambda stat: stat.evictions_total),
-    "tandem_store_expired": ("Holds that ran out", lambda stat: stat.expired_total),
-    "tandem_store_disk_writes": ("Blocks written to disk", lambda stat: stat.disk_writes_total),
-    "tandem_store_disk_reads": ("Blocks read from disk", lambda stat: stat.disk_reads_total),
-    "tandem_store_disk_errors": ("Blocks not written, or unreadable", lambda stat: stat.disk_errors_total),
-    "tandem_store_found_blocks": ("Blocks asked for and found", lambda stat: stat.found_blocks_total),
-    "tandem_store_missed_blocks": ("Blocks asked for and not found", lambda stat: stat.missed_blocks_total),
-    "tandem_store_fetched_blocks": ("Blocks sent to workers by Fetch", lambda stat: stat.fetched_blocks_total),
-    "tandem_store_corrupt_blocks": ("Blocks dropped because they were corrupt", lambda stat: stat.corrupt_total),
-}
-
-StoreStats = Iterable[tuple[StoreInfo, StoreStat | None]]
+FAMILIES = (
+    *request_metrics.FAMILIES,
+    *tenant_metrics.FAMILIES,
+    *cluster_metrics.FAMILIES,
+    *worker_metrics.FAMILIES,
+    *store_metrics.FAMILIES,
+)
 
 
 class Metrics:
@@ -90,32 +37,29 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "tandem_requests", "Generation requests by how they ended", ["outcome"], registry=self._registry
-        )
-        self.ttft = Histogram(
-            "tandem_time_to_first_token_seconds", "Arrival to first token, per choice",
-            buckets=TTFT_BUCKETS_S, registry=self._registry,
-        )  # fmt: skip
-        self.itl = Histogram(
-            "tandem_inter_token_latency_seconds", "Time between tokens, per delivery",
-            buckets=ITL_BUCKETS_S, registry=self._registry,
-        )  # fmt: skip
-        self.e2e = Histogram(
-            "tandem_request_seconds", "Arrival to end of requests that finished",
-            buckets=E2E_BUCKETS_S, registry=self._registry,
-        )  # fmt: skip
-        self._waited = Histogram(
-            "tandem_queue_seconds", "How long requests waited in the router for a worker",
-            buckets=WAIT_BUCKETS_S, registry=self._registry,
-        )  # fmt: skip
-        self._refused = Counter(
-            "tandem_refused", "Requests that were not let through to a worker", ["reason"], registry=self._registry
-        )
+        self._requests = request_metrics.REQUESTS.counter(self._registry)
+        self._refused = request_metrics.REFUSED.counter(self._registry)
+        self._placed = request_metrics.PLACED.counter(self._registry)
+        self.ttft = request_metrics.TTFT.histogram(self._registry)
+        self.itl = request_metrics.ITL.histogram(self._registry)
+        self.e2e = request_metrics.E2E.histogram(self._registry)
+        self._waited = request_metrics.QUEUED.histogram(self._registry)
+        self._exposed = request_metrics.EXPOSED.histogram(self._registry)
+        self.tenants = tenant_metrics.TenantMetrics(self._registry)
+        for outcome in request_metrics.OUTCOMES:
+            self._requests.labels(outcome)
+        for reason in request_metrics.REFUSALS:
+            self._refused.labels(reason)
+        for kind in request_metrics.PLACEMENTS:
+            self._placed.labels(kind)
 
     def watch(self, queue: FairQueue) -> None:
         """From now on what waits in it is on the page."""
         self._registry.register(_Queue(queue))
+
+    def promise(self, config: Config) -> None:
+        """From now on what this deployment is to keep is on the page."""
+        self._registry.register(_Promises(config))
 
     def waited(self, seconds: float) -> None:
         self._waited.observe(seconds)
@@ -126,11 +70,18 @@ class Metrics:
     def ended(self, outcome: str) -> None:
         self._requests.labels(outcome).inc()
 
-    def page(self, links: Iterable[WorkerLink], stores: StoreStats, mirror: MirrorStat | None) -> bytes:
+    def placed(self, request: Request) -> None:
+        """It has ended: where it was placed, as often as it was, and what its handoffs cost."""
+        for decision in request.decisions:
+            self._placed.labels(decision.kind).inc()
+        for seconds in request.exposed_s:
+            self._exposed.observe(seconds)
+
+    def page(self, scrape: Scrape) -> bytes:
         """The page in Prometheus text format."""
-        fleet = CollectorRegistry()
-        fleet.register(_Fleet(list(links), list(stores), mirror))
-        return generate_latest(self._registry) + generate_latest(fleet)
+        others = CollectorRegistry()
+        others.register(_Others(scrape))
+        return generate_latest(self._registry) + generate_latest(others)
 
 
 class _Queue(Collector):
@@ -140,107 +91,32 @@ class _Queue(Collector):
         self._queue = queue
 
     def collect(self) -> Iterator[Metric]:
-        requests = GaugeMetricFamily("tandem_queue_requests", "Requests waiting in the router", labels=["priority"])
-        tokens = GaugeMetricFamily("tandem_queue_tokens", "Prompt tokens waiting in the router", labels=["priority"])
-        for number, name in enumerate(PRIORITY_CLASSES):
-            items = [item for item in self._queue if 1 + (item.priority > 0) - (item.priority < 0) == number]
-            requests.add_metric([name], len(items))
-            tokens.add_metric([name], sum(item.tokens for item in items))
-        yield requests
-        yield tokens
+        waiting: dict[str, list[int]] = {name: [] for name in request_metrics.PRIORITY_CLASSES}
+        for item in self._queue:
+            waiting[request_metrics.PRIORITY_CLASSES[1 + (item.priority > 0) - (item.priority < 0)]].append(item.tokens)
+        yield request_metrics.QUEUE_REQUESTS.metric(([name], len(tokens)) for name, tokens in waiting.items())
+        yield request_metrics.QUEUE_TOKENS.metric(([name], sum(tokens)) for name, tokens in waiting.items())
 
 
-class _Fleet(Collector):
-    """Workers and stores as they are at one scrape."""
+class _Promises(Collector):
+    """What the configuration says that alerts compare with."""
 
-    def __init__(
-        self, links: list[WorkerLink], stores: list[tuple[StoreInfo, StoreStat | None]], mirror: MirrorStat | None
-    ) -> None:
-        self._links = links
-        self._stores = stores
-        self._mirror = mirror
+    def __init__(self, config: Config) -> None:
+        self._config = config
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._workers()
-        yield from _models([(link.info.id, link.load, link.rates) for link in self._links])
-        yield from self._store_states()
-        if self._mirror is not None:
-            yield from _index(self._mirror)
-
-    def _workers(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("tandem_worker_up", "1 while the worker is connected", labels=["worker", "role"])
-        for link in self._links:
-            up.add_metric([link.info.id, link.role], float(link.alive))
-        yield up
-        loads = [([link.info.id], link.load) for link in self._links if link.load is not None]
-        for name, (documentation, gauge) in WORKER_GAUGES.items():
-            family = GaugeMetricFamily(name, documentation, labels=["worker"])
-            for labels, load in loads:
-                family.add_metric(labels, gauge(load))
-            yield family
-        for name, (documentation, counter) in WORKER_COUNTERS.items():
-            counters = CounterMetricFamily(name, documentation, labels=["worker"])
-            for labels, load in loads:
-                counters.add_metric(labels, counter(load))
-            yield counters
-        fetched = CounterMetricFamily(
-            "tandem_fetched_tokens",
-            "Prompt tokens whose KV was fetched from the offload tier",
-            labels=["worker", "source"],
-        )
-        for labels, load in loads:
-            for source, tokens in FETCHED_TOKENS.items():
-                fetched.add_metric([*labels, source], tokens(load))
-        yield fetched
-
-    def _store_states(self) -> Iterator[Metric]:
-        slabs = GaugeMetricFamily("tandem_store_slabs", "Slabs by state", labels=["store", "state"])
-        up = GaugeMetricFamily("tandem_store_up", "1 when the store answered", labels=["store"])
-        stats = [([store.id], stat) for store, stat in self._stores if stat is not None]
-        for store, stat in self._stores:
-            up.add_metric([store.id], float(stat is not None))
-        for labels, stat in stats:
-            for state in STORE_STATES:
-                slabs.add_metric([*labels, state], getattr(stat, state))
-        yield up
-        yield slabs
-        for name, (documentation, gauge) in STORE_GAUGES.items():
-            gauges = GaugeMetricFamily(name, documentation, labels=["store"])
-            for labels, stat in stats:
-                gauges.add_metric(labels, gauge(stat))
-            yield gauges
-        for name, (documentation, counter) in STORE_COUNTERS.items():
-            family = CounterMetricFamily(name, documentation, labels=["store"])
-            for labels, stat in stats:
-                family.add_metric(labels, counter(stat))
-            yield family
+        objectives = {"ttft": self._config.ttft_slo, "itl": self._config.itl_slo}
+        yield request_metrics.SLO.metric(([name], seconds) for name, seconds in objectives.items())
+        yield cluster_metrics.wanted(self._config)
 
 
-def _models(workers: list[tuple[str, Load | None, Rates | None]]) -> Iterator[Metric]:
-    """How well the workers' performance models predict, and what."""
-    errors = GaugeMetricFamily(
-        "tandem_model_error", "Mean of |predicted - measured| / measured lately", labels=["worker", "of"]
-    )
-    prefill = GaugeMetricFamily("tandem_model_prefill_ms", "Predicted for 1,000 prompt tokens", labels=["worker"])
-    decode = GaugeMetricFamily("tandem_model_decode_ms", "Predicted for a step of what runs now", labels=["worker"])
-    start = GaugeMetricFamily("tandem_worker_start_seconds", "From process start to registration", labels=["worker"])
-    for worker, load, rates in workers:
-        if rates is None:
-            continue
-        for of in ("prefill", "decode", "fetch"):
-            errors.add_metric([worker, of], getattr(rates, f"{of}_error"))
-        prefill.add_metric([worker], prefill_ms(rates, 1_000, 0))
-        if load is not None:
-            decode.add_metric([worker], decode_ms(rates, load.running, load.context_tokens))
-        start.add_metric([worker], rates.start_s)
-    yield from (errors, prefill, decode, start)
+class _Others(Collector):
+    """Workers, stores, index and controller as they are at one scrape."""
 
+    def __init__(self, scrape: Scrape) -> None:
+        self._scrape = scrape
 
-def _index(mirror: MirrorStat) -> Iterator[Metric]:
-    yield GaugeMetricFamily("tandem_index_blocks", "Blocks in this router's copy of the index", mirror.blocks)
-    yield GaugeMetricFamily(
-        "tandem_index_behind_seconds", "Time since the copy was known to be complete; up to 1 is well", mirror.behind_s
-    )
-    yield CounterMetricFamily("tandem_index_events", "Changes followed", mirror.events_total)
-    yield CounterMetricFamily("tandem_index_gaps", "Times that changes were missed", mirror.gaps_total)
-    yield CounterMetricFamily("tandem_index_snapshots", "Times the copy was made anew", mirror.snapshots_total)
+    def collect(self) -> Iterator[Metric]:
+        yield from cluster_metrics.collect(self._scrape)
+        yield from worker_metrics.collect(self._scrape.links)
+        yield from store_metrics.collect(self._scrape.stores, self._scrape.mirror)

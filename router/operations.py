@@ -23,6 +23,7 @@ from router.fleet import Fleet
 from router.http_errors import response
 from router.metrics import Metrics
 from router.outputs import WorkerLink
+from router.scrape import scrape
 from router.settings import RouterSettings
 
 
@@ -74,7 +75,7 @@ def operations(
     @router.get("/metrics")
     async def prometheus() -> Response:
         """Prometheus text format."""
-        page = metrics.page(fleet.links(), await fleet.store_stats(), None if mirror is None else mirror.stat())
+        page = metrics.page(await scrape(fleet, mirror))
         return Response(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @router.get("/status")

@@ -24,6 +24,7 @@ from cluster.messages import (
     Accepted,
     CacheChange,
     DecodeJob,
+    Gpu,
     Handoff,
     JobFailed,
     Load,
@@ -90,6 +91,7 @@ class WorkerLink:
         self.info = info
         self.load: Load | None = None  # None: not connected
         self.rates: Rates | None = None  # what it says itself; None: nothing yet
+        self.gpus: tuple[Gpu, ...] = ()  # of its node
         self._filled = PRIOR  # the same with what others know
         self._experience = experience
         self._owner = -1  # its number in the prefix map while it is connected
@@ -100,6 +102,7 @@ class WorkerLink:
         self._client = Client(info.address, secret)
         self._legs: dict[str, Events] = {}  # generation id -> the queue of its dispatch
         self._sent: dict[str, _Sent] = {}  # generation id -> what no report knows of yet
+        self._tenants: dict[str, str] = {}  # generation id -> whose job, while it is under way here
         self._closing = False
         self._task = asyncio.create_task(self._run(), name=f"outputs of {info.id}")
 
@@ -146,14 +149,25 @@ class WorkerLink:
         self._sent[leg_id] = _Sent(tokens, context)
         self._tell()
 
-    def attach(self, leg_id: str, events: Events) -> None:
-        """From now on what this worker says about that job goes to `events`."""
+    def attach(self, leg_id: str, events: Events, tenant: str = "") -> None:
+        """From now on what this worker says about that job of that tenant goes to `events`."""
         self._legs[leg_id] = events
+        self._tenants[leg_id] = tenant
 
     def detach(self, leg_id: str) -> None:
         self._legs.pop(leg_id, None)
+        self.ended(leg_id)
         if self._sent.pop(leg_id, None) is not None:
             self._tell()
+
+    @property
+    def tenants(self) -> list[str]:
+        """Whose jobs are under way here, one entry per job."""
+        return list(self._tenants.values())
+
+    def ended(self, leg_id: str) -> None:
+        """The worker has nothing left to do for that job."""
+        self._tenants.pop(leg_id, None)
 
     async def submit(self, job: PrefillJob | DecodeJob) -> Handoff | None:
         """Hand over a job that is attached. Raises the worker's refusal, WorkerLost or DeadlineExceeded."""
@@ -226,6 +240,7 @@ class WorkerLink:
         self.load = frame.load
         if frame.rates is not None:
             self.rates, self._filled = frame.rates, self._experience.filled(frame.rates)
+            self.gpus = frame.gpus
         if frame.cache is not None:
             self._take_cache(frame.cache)
         self._forget_sent({output.id for output in frame.outputs})
@@ -259,12 +274,14 @@ class WorkerLink:
         if self.load is not None:
             self._map.leave(self._owner)
         self.load = self.rates = None
+        self.gpus = ()
         self._filled = PRIOR
         self._sent.clear()
         self._changed(self)
         for leg_id, events in self._legs.items():
             events.put_nowait(LegFailed(leg_id, error))
         self._legs.clear()
+        self._tenants.clear()
 
     def _tell(self) -> None:
         if self.load is not None:

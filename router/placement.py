@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from router.table import Depths, FleetTable, WorkerView
 
 __all__ = ["Ask", "Decision", "Route", "Terms", "WorkerView", "place"]
 
+Kind = Literal["disaggregated", "append", "aggregated"]
 RETRY_S = 2.0  # a worker that was lost comes back, or another in its stead
 _RNG = random.Random()
 
@@ -55,6 +57,13 @@ class Decision:
     candidates: int  # workers that might have served
     policy: str
     uncached_tokens: int  # of the ask, neither on the device nor fetched
+
+    @property
+    def kind(self) -> Kind:
+        """Append: whoever decodes has the beginning of the prompt on its device and computes the rest."""
+        if self.route.prefill is not None:
+            return "disaggregated"
+        return "append" if self.chosen.device_tokens else "aggregated"
 
 
 def place(

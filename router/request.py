@@ -25,6 +25,7 @@ class Request:
     exact: bool = True  # approximate KV is not good enough
     hashes: tuple[bytes, ...] | None = None  # of the prompt's full blocks; None: whoever places it computes them
     decisions: list[Decision] = field(default_factory=list, compare=False)  # every one taken for it, in order
+    exposed_s: list[float] = field(default_factory=list, compare=False)  # per handoff: waited for when all was computed
     arrival_s: float = field(default_factory=time.monotonic, compare=False)  # monotonic
 
 

@@ -30,6 +30,7 @@ from router.recorder import Recorder
 from router.report import Reporter, Tally
 from router.request import Request
 from router.settings import RouterSettings
+from router.tenant_metrics import GpuTime
 from router.text import Text
 
 SEED_MASK = 2**63 - 1
@@ -62,17 +63,18 @@ class Service:
         self._gate = Gate(fleet, GateSettings(limits, config.max_sequences, config.request_timeout, from_zero), metrics)
         self._tally = Tally()
         self._recorder = Recorder(config.trace, router_id, config.block_size) if config.trace else None
+        self._gpu_time = GpuTime(settings.served_model_name, fleet.links, metrics.tenants)
         self._reporter: Reporter | None = None
         if settings.redis_url:
             self._reporter = Reporter(settings.redis_url, settings.namespace, router_id, self._tally, self._gate)
 
     async def start(self) -> None:
-        for part in (self._gate, self._recorder, self._reporter):
+        for part in (self._gate, self._gpu_time, self._recorder, self._reporter):
             if part is not None:
                 await part.start()
 
     async def close(self) -> None:
-        for part in (self._gate, self._dispatcher, self._recorder, self._reporter):
+        for part in (self._gate, self._dispatcher, self._gpu_time, self._recorder, self._reporter):
             if part is not None:
                 await part.close()
 

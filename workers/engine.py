@@ -14,7 +14,7 @@ aborted sequence can let go of them at once without anybody copying from, or int
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from cluster.errors import DeadlineExceeded, Moved, TandemError
 from cluster.messages import FinishReason, JobFailed, Load, Role, TokenOutput
@@ -23,6 +23,7 @@ from kvstore.blocks import BlockPool, Change
 from kvstore.fetcher import Source
 from kvstore.hashing import extend
 from kvstore.layout import Layout
+from workers.counters import EngineCounters
 from workers.fetching import Choice, choose
 from workers.in_flight import InFlight
 from workers.offering import Offering
@@ -58,7 +59,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, self.block_size, *limits, self._choose)
         self._in_flight = InFlight(runner)
         self.sequences: dict[str, Sequence] = {}  # id -> every live sequence
-        self.steps = self.prompt_tokens = self.cached_tokens = self.output_tokens = self.recomputed_tokens = 0
+        self.counters = EngineCounters()
         self._arriving: dict[str, list[int]] = {}  # id -> blocks that a handoff or a fetch is writing into
         self._offering = Offering(self.pool, self.block_size)
         self._moving: tuple[frozenset[int], float] | None = None  # blocks being written; when it ends at the latest
@@ -157,7 +158,8 @@ class Engine:
         for chunk, token in zip(ended.chunks, ended.tokens, strict=True):
             if self.scheduler.collected(chunk):
                 self._commit(chunk, token)
-        self.steps += 1
+        self.counters.steps_total += 1
+        self.counters.model_seconds_total += ended.seconds
         return ended.chunks
 
     def _choose(self, sequence: Sequence, hits: int) -> Choice:
@@ -172,9 +174,11 @@ class Engine:
     def _fetch(self, sequence: Sequence, choice: Choice) -> None:
         """A sequence was admitted: order what it is to fetch."""
         sequence.sources = []
+        self.counters.device_tokens_total += 0 if sequence.preempted else sequence.computed
         for source in choice.passed_over:
-            self.recomputed_tokens += (source.stop - source.start) * self.block_size
+            self.counters.passed_over((source.stop - source.start) * self.block_size)
             self.model.passed_over(source.path)
+        self.counters.fetches_total += bool(choice.sources)
         if choice.sources:
             self._arrive(sequence)
             order = BlockFetch(sequence, choice.sources, list(sequence.block_table), choice.timeout_s)
@@ -191,22 +195,18 @@ class Engine:
             blocks_free=self.pool.free_count,
             blocks_cached=self.pool.cached_count,
             blocks_total=self.pool.total,
-            steps_total=self.steps,
-            prompt_tokens_total=self.prompt_tokens,
-            cached_tokens_total=self.cached_tokens,
-            output_tokens_total=self.output_tokens,
             preemptions_total=s.preemptions,
             handoff_bytes_total=0,
             handoff_seconds_total=0.0,
             handoff_failures_total=0,
-            recomputed_tokens_total=self.recomputed_tokens,
+            **asdict(self.counters),
             context_tokens=sum(q.computed for q in s.running),
         )
 
     # ------------------------------------------------------------------------------------------------------ commit
     def _commit(self, chunk: Chunk, token: int | None) -> None:
         sequence = chunk.sequence
-        self.prompt_tokens += max(0, min(chunk.take, sequence.prompt_length - chunk.first))
+        self.counters.prompt_tokens_total += max(0, min(chunk.take, sequence.prompt_length - chunk.first))
         self._register(sequence)
         self._step.offloads.extend(self._offering.computed(sequence))
         if token is not None:
@@ -220,10 +220,10 @@ class Engine:
         start = sequence.new_tokens
         sequence.tokens.append(token)
         sequence.emitted += 1
-        self.output_tokens += 1
+        self.counters.output_tokens_total += 1
         reason = finish(sequence.generation.sampling, sequence.tokens, sequence.prompt_length, self.max_context)
         if first:
-            self.cached_tokens += sequence.cached
+            self.counters.cached_tokens_total += sequence.cached
         self._deliver(sequence, start, token, reason)
         if sequence.transfer_id:
             self._send(sequence, token)

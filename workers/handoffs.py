@@ -174,6 +174,7 @@ class Handoffs:
             received = await self._mover.follow(handoff, start, len(sequence.tokens), table, timeout_s)
         finally:
             self._reader.release_later(handoff)
+        self._counters.handoffs_total += 1
         self._counters.handoff_bytes_total += received.bytes
         self._counters.handoff_seconds_total += received.seconds
         if received.error is not None:

@@ -2,7 +2,7 @@
 
     at once            outputs, and the pages of a snapshot of the cache
     within QUIET_S     changes of the cache, and of what the load says about room; both go with outputs if there are any
-    every RATES_S      what steps and fetches take; and a sign of life every HEARTBEAT_S
+    every RATES_S      what steps and fetches take, and how the node's GPUs are; a sign of life every HEARTBEAT_S
 
 A frame is made when its router is ready for it and says everything since the one before, so a router that reads slowly
 gets fewer. A stream is its router's lease on its jobs: `left` is told the key of each that ends. Runs on the event
@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.messages import JobFailed, Load, Outputs, Rates, StepOutput, TokenOutput
+from cluster.messages import Gpu, JobFailed, Load, Outputs, Rates, StepOutput, TokenOutput
 from workers.cache_changes import CacheChanges
 from workers.step import Step
 
@@ -45,11 +45,16 @@ class Streams:
     def __init__(self, load: Load, limit: int, want_names: Callable[[], None], left: Callable[[str], None]) -> None:
         self.load = load  # the newest
         self.rates: Rates | None = None
+        self._gpus: tuple[Gpu, ...] = ()
         self._limit = limit
         self._want_names = want_names
         self._left = left
         self._streams: dict[str, _Stream] = {}  # router id -> its newest stream
         self._opened = 0
+
+    def see_gpus(self, gpus: tuple[Gpu, ...]) -> None:
+        """These are the node's now."""
+        self._gpus = gpus
 
     def key(self, router_id: str) -> str | None:
         """What its jobs are known by; another one whenever it connects. None: it is not connected."""
@@ -98,7 +103,7 @@ class Streams:
         outputs, stream.outputs = tuple(stream.outputs), []
         cache = stream.changes.take()
         stream.told_at, stream.room, stream.news = now, _room(self.load), bool(stream.changes)
-        return StepOutput(outputs, self.load, rates, cache)
+        return StepOutput(outputs, self.load, rates, cache, self._gpus if rates else ())
 
     async def _due(self, stream: _Stream) -> None:
         """Until the next frame is to be sent."""

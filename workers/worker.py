@@ -44,6 +44,7 @@ from cluster.messages import (
 )
 from cluster.rpc import Server
 from kvstore.hashing import ModelKey, extend
+from workers import gpus
 from workers.cache_changes import PAGE
 from workers.engine import Engine
 from workers.registration import Registration
@@ -147,7 +148,7 @@ class Worker:
         self._registration = Registration(self._settings.identity.redis_url, info)
         self._streams.rates = self._rates()
         self._thread.start()
-        work = [self._registration.run(), *self._transfers.work(info.node)]
+        work = [self._registration.run(), gpus.watch(self._streams.see_gpus), *self._transfers.work(info.node)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
         for task in self._tasks:
             task.add_done_callback(_must_not_fail)
@@ -171,13 +172,14 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            computed, rates_at = 0, time.monotonic()
+            computed, rates_at, ended = 0, time.monotonic(), time.monotonic()
             while not self._stopping.is_set():
                 self._apply(wait=computed == 0)
                 now = time.monotonic()
                 names, self._names_wanted = self._names_wanted, False
                 step = self._engine.step(now, names)
-                computed = step.computed
+                idle, computed = computed == 0, step.computed
+                ended = self._count_time(ended, now, idle)
                 load = self._transfers.counters.fill(self._engine.load(self._role))
                 rates = self._rates() if now - rates_at >= RATES_S else None
                 rates_at = now if rates else rates_at
@@ -186,6 +188,13 @@ class Worker:
         except Exception:  # the actor's outermost loop: crash, be restarted
             log.exception("the engine failed; this worker ends and its requests go elsewhere")
             os._exit(70)
+
+    def _count_time(self, began: float, stepped: float, idle: bool) -> float:
+        """A turn of the engine's thread has ended, whose step began at `stepped`. Returns when the next one begins."""
+        now, counters = time.monotonic(), self._engine.counters
+        counters.idle_seconds_total += stepped - began if idle else 0.0
+        counters.busy_seconds_total += now - (stepped if idle else began)
+        return now
 
     def _apply(self, wait: bool) -> None:
         try:

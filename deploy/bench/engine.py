@@ -111,7 +111,7 @@ def _prefill(runner: ModelRunner, config: Config, machine: Machine, cost: Cost) 
         engine = _engine(runner, config)
         engine.add(_sequence("p", PREFILL, 2, runner.vocab_size))
         start = time.perf_counter()
-        while not engine.output_tokens:
+        while not engine.counters.output_tokens_total:
             step(engine)
         if repetition:
             times.append(time.perf_counter() - start)

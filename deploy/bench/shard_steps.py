@@ -151,10 +151,10 @@ def _pipeline(model: Path, config: Config) -> list[Figure]:
 
 def _rate(runner: Runner, config: Config) -> float:
     engine = decoding(runner, config, FULL_BATCH, 32, PIPELINE_STEPS + 4)
-    before, began = engine.output_tokens, time.perf_counter()
-    while engine.output_tokens - before < FULL_BATCH * PIPELINE_STEPS:
+    before, began = engine.counters.output_tokens_total, time.perf_counter()
+    while engine.counters.output_tokens_total - before < FULL_BATCH * PIPELINE_STEPS:
         step(engine)
-    rate = (engine.output_tokens - before) / (time.perf_counter() - began)
+    rate = (engine.counters.output_tokens_total - before) / (time.perf_counter() - began)
     drain(engine)
     return rate
 

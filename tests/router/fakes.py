@@ -21,6 +21,7 @@ from cluster.messages import (
     DecodeJob,
     FinishReason,
     Generation,
+    Gpu,
     Handoff,
     JobFailed,
     Load,
@@ -92,6 +93,7 @@ class FakeWorker:
         self.load: dict[str, int] = {}  # overrides of what it reports
         self.rates: Rates | None = None  # None: prompts cost a decode worker so much that they are handed over
         self.cache: list[CacheChange] = []  # told to every router that connects
+        self.gpus: tuple[Gpu, ...] = ()
         self.jobs: list[PrefillJob | DecodeJob] = []
         self.aborted: list[str] = []
 
@@ -178,7 +180,7 @@ class FakeWorker:
     async def _outputs(self, message: Outputs, _: Any) -> AsyncIterator[StepOutput]:
         outbox = self._outboxes[message.router_id] = asyncio.Queue()
         try:
-            yield StepOutput((), self._load(), self._rates())
+            yield StepOutput((), self._load(), self._rates(), None, self.gpus)
             for change in self.cache:
                 yield StepOutput((), self._load(), None, change)
             while True:
@@ -190,7 +192,7 @@ class FakeWorker:
                     if self.silent:
                         continue
                 self.frames += 1
-                yield StepOutput(tuple(outputs), self._load(), self._rates())
+                yield StepOutput(tuple(outputs), self._load(), self._rates(), None, self.gpus)
         finally:
             for task in self._running.values():
                 task.cancel()

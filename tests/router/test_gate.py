@@ -17,6 +17,7 @@ from cluster.messages import Rates
 from router.admission import Limits
 from router.gate import Entering, Gate, GateSettings, Pass
 from router.metrics import Metrics
+from router.scrape import Scrape
 from router.table import FleetTable, WorkerView
 from tests.router.fakes import eventually
 
@@ -82,7 +83,7 @@ def run(test: Callable[[Rig], Awaitable[None]], **settings: Any) -> None:
 
 
 def metric(rig: Rig, line: str) -> bool:
-    return line in rig.metrics.page([], [], None).decode().splitlines()
+    return line in rig.metrics.page(Scrape()).decode().splitlines()
 
 
 def test_a_request_goes_at_once_when_a_worker_is_free() -> None:

@@ -31,14 +31,14 @@ def test_a_prefix_hit_computes_only_the_rest_and_changes_no_token() -> None:
     run = Run(engine())
     run.engine.add(sequence("first", prompt(40)))
     run.finish_all()
-    computed = run.engine.prompt_tokens
+    computed = run.engine.counters.prompt_tokens_total
     run.engine.add(sequence("again", prompt(40)))
     run.engine.add(sequence("longer", [*prompt(40), 5, 6, 7]))
     run.finish_all()
     assert run.tokens["again"] == run.tokens["first"]
     assert run.tokens["longer"] == alone([*prompt(40), 5, 6, 7])
     assert (run.cached["first"], run.cached["again"], run.cached["longer"]) == (0, 36, 40)
-    assert run.engine.prompt_tokens - computed == 4 + 3
+    assert run.engine.counters.prompt_tokens_total - computed == 4 + 3
 
 
 def test_another_root_shares_nothing() -> None:
@@ -148,7 +148,7 @@ def test_whatever_part_of_a_handoff_arrives_the_tokens_are_the_same(length: int,
     run.engine.received(receiving, valid, first_token if arrived == "all" else None)
     assert run.finish_all().tokens["d"] == alone(prompt(length), 9)
     if arrived == "all":
-        assert run.engine.prompt_tokens == 0
+        assert run.engine.counters.prompt_tokens_total == 0
     assert_no_leak(run.engine)
 
 

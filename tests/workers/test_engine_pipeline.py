@@ -44,10 +44,10 @@ def test_the_chunks_of_a_long_prompt_follow_each_other_through_the_stages(depth:
     for steps in range(1, depth):
         assert run.step().computed == 16
         assert len(runner.flying) == steps
-        assert run.engine.prompt_tokens == 0  # nothing was collected
+        assert run.engine.counters.prompt_tokens_total == 0  # nothing was collected
     run.finish_all()
     assert [part for (part,) in runner.log] == [("long", first, min(16, 100 - first)) for first in range(0, 100, 16)]
-    assert run.engine.prompt_tokens == 100
+    assert run.engine.counters.prompt_tokens_total == 100
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])

@@ -29,7 +29,7 @@ def test_whatever_part_of_a_fetch_arrives_the_tokens_are_the_same(length: int, a
     came = fetchable if arrives is None else arrives
     assert run.tokens["s"] == alone(prompt(length))
     assert run.cached["s"] == came * BLOCK
-    assert run.engine.prompt_tokens == length - came * BLOCK
+    assert run.engine.counters.prompt_tokens_total == length - came * BLOCK
     assert_no_leak(run.engine)
 
 
@@ -54,7 +54,7 @@ def test_what_is_faster_to_compute_is_not_fetched_and_counted() -> None:
     run.finish_all()
     assert run.fetches == []
     assert run.tokens["s"] == alone(prompt(40))
-    assert (run.cached["s"], run.engine.recomputed_tokens) == (0, 36)
+    assert (run.cached["s"], run.engine.counters.recomputed_tokens_total) == (0, 36)
 
 
 def test_a_prefill_job_fetches_too_and_announces_every_block_of_its_handoff() -> None:
@@ -63,7 +63,7 @@ def test_a_prefill_job_fetches_too_and_announces_every_block_of_its_handoff() ->
     run.finish_all()
     assert [position for send in run.sends for position, _ in send.blocks] == list(range(13))
     assert run.sends[-1].first_token == alone(prompt(50), 1)[0]
-    assert run.engine.prompt_tokens == 2
+    assert run.engine.counters.prompt_tokens_total == 2
     assert_no_leak(run.engine)
 
 

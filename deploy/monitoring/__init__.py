@@ -1,0 +1,1 @@
+"""What watches a deployment: rules for Prometheus, dashboards for Grafana. See prometheus.yaml and alerts.yaml."""
