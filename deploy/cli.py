@@ -22,7 +22,7 @@ from rich.table import Table
 from cluster.config import Config, load, resolved
 from cluster.errors import StartupError
 from cluster.messages import WorkerInfo
-from deploy import kv_cli, plan_cli, sim_cli
+from deploy import kv_cli, plan_cli, sim_cli, top
 from deploy.environment import prepare
 from deploy.terminal import console, fail
 
@@ -30,6 +30,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(kv_cli.app, name="kv")
 app.command()(sim_cli.simulate)
 app.command()(plan_cli.plan)
+app.command()(top.top)
 STATUS_S = 5.0
 MAIN = os.getpid()
 MODEL_HELP = "GGUF file, Hugging Face directory or hub id [default: the demo model]"
