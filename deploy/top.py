@@ -178,8 +178,9 @@ def _requests(requests: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="last requests", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("tenant", "outcome", "route"):
         table.add_column(name)
-    for name in ("prompt", "cached", "output", "TTFT", "per token", "predicted", "runner-up"):
+    for name in ("prompt", "cached", "output", "TTFT", "per token", "predicted"):
         table.add_column(name, justify="right")
+    table.add_column("runner-up")
     for request in reversed(requests):
         decision = request["decisions"][-1] if request["decisions"] else None
         other = decision and decision["runner_up"]

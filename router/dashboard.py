@@ -140,12 +140,14 @@ class Dashboard:
         self._outcomes.append(self._metrics.outcomes())
         first, last = self._outcomes[0], self._outcomes[-1]
         watch = self._watch
-        kept, prompt, cached = (part.summary(now_s) for part in (watch.kept, watch.prompt_tokens, watch.cached_tokens))
+        (ended, kept), (_, prompt), (_, cached) = (
+            part.sums(now_s) for part in (watch.kept, watch.prompt_tokens, watch.cached_tokens)
+        )
         return Minute(
-            ttft_ms=watch.ttft_ms.summary(now_s),
-            itl_ms=watch.itl_ms.summary(now_s),
-            slo_kept=None if kept is None else kept.mean,
-            hit_ratio=cached.total / prompt.total if prompt and cached else None,
+            ttft_ms=watch.ttft_ms.percentiles(now_s),
+            itl_ms=watch.itl_ms.percentiles(now_s),
+            slo_kept=kept / ended if ended else None,
+            hit_ratio=cached / prompt if prompt else None,
             outcomes={name: count - first.get(name, 0) for name, count in last.items() if count > first.get(name, 0)},
             seconds=len(self._outcomes) - 1,
         )

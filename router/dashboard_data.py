@@ -18,11 +18,12 @@ from router.events import Event, State
 from router.explain import body
 from router.flows import Flow
 from router.history import Sample
-from router.last_minute import Summary
+from router.last_minute import Percentiles
 from router.watch import Ended
 
 PROMPT_TOKENS = 1_000  # of the prompt whose prefill is predicted as a measure of a worker's speed
 DIGITS = 3
+FLOWS = tuple(figure.name for figure in dataclasses.fields(Flow))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class WorkerNow:
 class Minute:
     """This router's requests of the last minute. None: there were none to tell it from."""
 
-    ttft_ms: Summary | None = None
-    itl_ms: Summary | None = None
+    ttft_ms: Percentiles | None = None
+    itl_ms: Percentiles | None = None
     slo_kept: float | None = None  # share of the requests that were answered within both SLOs
     hit_ratio: float | None = None  # share of prompts' tokens that were not computed
     outcomes: Mapping[str, int] = field(default_factory=dict)  # how requests ended -> how many
@@ -89,7 +90,7 @@ def data(seen: Seen, history: Mapping[str, Any], ended: Iterable[Ended]) -> dict
             "ttft_ms": _percentiles(minute.ttft_ms),
             "itl_ms": _percentiles(minute.itl_ms),
         },
-        "per_second": _rounded(dataclasses.asdict(seen.flow)),
+        "per_second": _flow(seen.flow),
         "history": history,
         "events": [dataclasses.asdict(event) for event in seen.events],
         "requests": [_request(request, seen.now_s) for request in ended],
@@ -137,7 +138,7 @@ def _worker(worker: WorkerNow) -> dict[str, Any]:
         "decode_ms": rates and round(decode_ms(rates, max(1, load.running), load.context_tokens), DIGITS)
         if load
         else None,
-        "per_second": _rounded(dataclasses.asdict(worker.flow)),
+        "per_second": _flow(worker.flow),
     }
 
 
@@ -150,10 +151,12 @@ def _request(request: Ended, now_s: float) -> dict[str, Any]:
     }
 
 
-def _percentiles(summary: Summary | None) -> dict[str, Any] | None:
-    if summary is None:
-        return None
-    return _rounded({"p50": summary.p50, "p95": summary.p95, "p99": summary.p99, "count": summary.count})
+def _percentiles(found: Percentiles | None) -> dict[str, Any] | None:
+    return None if found is None else _rounded(dataclasses.asdict(found))
+
+
+def _flow(flow: Flow) -> dict[str, float]:
+    return {name: round(getattr(flow, name), DIGITS) for name in FLOWS}
 
 
 def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:

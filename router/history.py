@@ -7,7 +7,7 @@ are is said here and found out in `router/dashboard.py`.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 KEPT = 600
@@ -33,21 +33,22 @@ class Sample:
     handoff_bytes_s: float
 
 
+COLUMNS = tuple(figure.name for figure in fields(Sample))
+
+
 class History:
     def __init__(self) -> None:
-        self._samples: deque[Sample] = deque(maxlen=KEPT)
+        self._samples: deque[list[float | None]] = deque(maxlen=KEPT)  # figures in the order of COLUMNS
         self._last = 0  # number of the newest; the first is 1
 
     def add(self, sample: Sample) -> None:
-        self._samples.append(sample)
+        self._samples.append([_short(getattr(sample, name)) for name in COLUMNS])
         self._last += 1
 
     def after(self, number: int) -> dict[str, Any]:
         """What came after that sample, a list of figures each, and the number of the newest."""
         new = min(len(self._samples), max(0, self._last - number))
-        newest = list(self._samples)[len(self._samples) - new :]
-        columns = [field.name for field in fields(Sample)]
-        return {"columns": columns, "last": self._last, "samples": [list(map(_short, astuple(s))) for s in newest]}
+        return {"columns": COLUMNS, "last": self._last, "samples": list(self._samples)[len(self._samples) - new :]}
 
 
 def _short(figure: float | None) -> float | None:

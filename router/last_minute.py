@@ -11,23 +11,21 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 SPAN_S = 60
 KEPT = 64  # values of a second
+ROUNDING = 1e-6  # of a sum of weights
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """Of at least one observation."""
+class Percentiles:
+    """Of at least one observation: for each the least value that, with all below it, is that part of them."""
 
     count: int
-    total: float
     p50: float
     p95: float
     p99: float
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count
 
 
 @dataclass(slots=True)
@@ -57,26 +55,25 @@ class LastMinute:
         elif (at := self._rng.randrange(newest.count)) < KEPT:
             newest.kept[at] = value
 
-    def summary(self, now_s: float) -> Summary | None:
-        """None when nothing was observed."""
+    def sums(self, now_s: float) -> tuple[int, float]:
+        """(number, sum) of what was observed."""
         self._forget(now_s)
-        count = sum(piece.count for piece in self._slices)
+        return sum(piece.count for piece in self._slices), sum(piece.total for piece in self._slices)
+
+    def percentiles(self, now_s: float) -> Percentiles | None:
+        """None when nothing was observed."""
+        count, _ = self.sums(now_s)
         if not count:
             return None
-        weighted = sorted((value, piece.count / len(piece.kept)) for piece in self._slices for value in piece.kept)
-        p50, p95, p99 = (_percentile(weighted, part * count) for part in (0.5, 0.95, 0.99))
-        return Summary(count, sum(piece.total for piece in self._slices), p50, p95, p99)
+        values = np.array([value for piece in self._slices for value in piece.kept])
+        kept = np.array([len(piece.kept) for piece in self._slices])
+        weights = np.repeat(np.array([piece.count for piece in self._slices]) / kept, kept)
+        order = values.argsort()
+        ranks = np.array([0.5, 0.95, 0.99]) * count - ROUNDING
+        found = np.searchsorted(weights[order].cumsum(), ranks)
+        p50, p95, p99 = values[order][np.minimum(found, values.size - 1)].tolist()
+        return Percentiles(count, p50, p95, p99)
 
     def _forget(self, now_s: float) -> None:
         while self._slices and self._slices[0].second <= now_s - SPAN_S:
             self._slices.popleft()
-
-
-def _percentile(weighted: list[tuple[float, float]], rank: float) -> float:
-    """The least value that, with all before it, weighs `rank`: nearest-rank, without interpolation."""
-    reached = 0.0
-    for value, weight in weighted:
-        reached += weight
-        if reached >= rank - 1e-9:
-            return value
-    return weighted[-1][0]

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +48,39 @@ def test_one_frame_of_a_running_router(guarded: Api) -> None:
     assert result.exit_code == 0, result.output
     for words in ("org/test-model", "2 of 2 workers serve", "p1 → d1", "finished", "last two minutes"):
         assert words in result.stdout
+
+
+def test_on_a_terminal_it_goes_on_until_ctrl_c(guarded: Api) -> None:
+    ours, its = pty.openpty()
+    environment = {
+        **os.environ,
+        "TANDEM_OPERATOR_KEY": "operator-key",
+        "TERM": "xterm",
+        "COLUMNS": "160",
+        "LINES": "40",
+    }
+    command = [sys.executable, "-m", "deploy.cli", "top", "--url", guarded.url]
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment, start_new_session=True)
+    os.close(its)
+    try:
+        shown = read_until(ours, b"workers serve", 2)
+        assert b"\x1b[?1049h" in shown  # a screen of its own, so that what was there comes back
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait(20)
+        os.close(ours)
+
+
+def read_until(terminal: int, words: bytes, times: int) -> bytes:
+    """What a terminal is told until it has been told that as often."""
+    shown, deadline = b"", time.monotonic() + 60
+    while shown.count(words) < times:
+        assert time.monotonic() < deadline, shown
+        if select.select([terminal], [], [], 1.0)[0]:
+            shown += os.read(terminal, 65_536)
+    return shown
 
 
 def test_without_the_key_it_says_what_to_do(guarded: Api) -> None:

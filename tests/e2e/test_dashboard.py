@@ -129,7 +129,7 @@ def test_a_real_deployment_of_two_workers(browser: Browser, served: Served) -> N
         page.wait_for_function("() => document.querySelectorAll('#requests li').length === 3")
         assert tiles(page) == {"prefill-0": "prefill", "decode-0": "decode"}
         assert "2 workers serve" in page.inner_text("#health")
-        assert "100 %" in page.inner_text("#figures")
+        page.wait_for_function("() => document.querySelector('#figures .value').innerText.includes('%')")
         page.click("#requests li:first-child summary")
         why = page.inner_text("#requests li:first-child .why")
         assert "prefill-0 \u2192 decode-0" in why
@@ -139,6 +139,18 @@ def test_a_real_deployment_of_two_workers(browser: Browser, served: Served) -> N
         shown = page.get_attribute("#charts figure:first-child svg", "aria-label")
         assert shown is not None
         assert "prefill 1" in shown
+
+
+def test_a_list_that_is_read_does_not_move(browser: Browser, served: Served) -> None:
+    with opened(browser, served.url) as page:
+        known = page.locator("#requests li").count()
+        page.click("#requests li:first-child summary")
+        served.complete(list(range(20, 90)), 4, ignore_eos=True)
+        page.wait_for_function("() => document.getElementById('held').innerText.startsWith('1 newer request')")
+        assert page.locator("#requests li").count() == known
+        page.click("#requests li:first-child summary")
+        page.wait_for_function(f"() => document.querySelectorAll('#requests li').length === {known + 1}")
+        assert page.is_hidden("#held")
 
 
 def test_a_change_of_role_is_shown_at_once(

@@ -16,7 +16,7 @@ from router.dashboard_data import Minute, Seen, WorkerNow, data, sample_of
 from router.events import event
 from router.flows import Flow
 from router.history import KEPT, History
-from router.last_minute import Summary
+from router.last_minute import Percentiles
 from router.placement import Decision, Route
 from router.watch import Ended
 
@@ -91,7 +91,8 @@ def history(count: int) -> History:
 
 def decision(prefill: str | None, decode: str, queue_ms: float) -> Decision:
     chosen = Terms(prefill, decode, queue_ms, 212.4, 0.0, 9.1 if prefill else 0.0, 1_804.0, 310.5, 512, 256)
-    other = Terms(None, decode, 3.2, 233.0, 18.0, 0.0, 1_804.0, 902.7, 768, 0)
+    second = None if prefill else "prefill-3"
+    other = Terms(second, decode, 3.2, 233.0, 18.0, 12.5 if second else 0.0, 1_804.0, 902.7, 768, 0)
     return Decision(Route(prefill, decode), chosen, other, 8, "least_time", 1_280)
 
 
@@ -99,7 +100,7 @@ def ended(count: int) -> list[Ended]:
     rng = random.Random(11)
     made = []
     for number in range(1, count + 1):
-        outcome = "cancelled" if number % 17 == 0 else "server_overloaded" if number % 23 == 0 else "finished"
+        outcome = "cancelled" if number % 17 == 0 else "worker_lost" if number % 23 == 0 else "finished"
         prefill = None if number % 5 == 0 else f"prefill-{number % 4}"
         made.append(
             Ended(
@@ -135,8 +136,8 @@ def seen(count: int) -> Seen:
         queue_requests=3,
         queue_tokens=4_210,
         minute=Minute(
-            Summary(412, 200_000.0, 318.2, 641.7, 1_022.4),
-            Summary(48_000, 1_300_000.0, 26.4, 37.9, 52.3),
+            Percentiles(412, 318.2, 641.7, 1_022.4),
+            Percentiles(48_000, 26.4, 37.9, 52.3),
             0.9864,
             0.438,
             {"finished": 405, "cancelled": 7},

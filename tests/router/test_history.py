@@ -13,7 +13,7 @@ def test_columns_and_figures_belong_together() -> None:
     history = History()
     history.add(SAMPLE)
     told = history.after(0)
-    assert told["columns"] == [field.name for field in dataclasses.fields(Sample)]
+    assert list(told["columns"]) == [field.name for field in dataclasses.fields(Sample)]
     assert told["samples"] == [[1, 2, 0, 3, 0, 0.5, 12.35, None, None, None, None, 123500.0, 0.0, 0.0]]
 
 

@@ -56,17 +56,15 @@ def test_a_request_that_finishes() -> None:
     assert ended.itl_ms is not None
     assert 0 <= ended.turn_ms <= ended.ttft_ms <= ended.total_ms
     assert [made.route.decode for made in ended.decisions] == ["d1"]
-    counts = [part.summary(ended.ended_s) for part in (watch.ttft_ms, watch.itl_ms, watch.prompt_tokens, watch.kept)]
-    assert [part and part.count for part in counts] == [1, 2, 1, 1]
+    parts = (watch.ttft_ms, watch.itl_ms, watch.prompt_tokens, watch.kept)
+    assert [part.sums(ended.ended_s)[0] for part in parts] == [1, 2, 1, 1]
 
 
 @pytest.mark.parametrize(("ttft_slo_s", "itl_slo_s", "kept"), [(10.0, 10.0, 1.0), (0.0, 10.0, 0.0), (10.0, 0.0, 0.0)])
 def test_a_request_keeps_the_slo_when_both_times_do(ttft_slo_s: float, itl_slo_s: float, kept: float) -> None:
     watch = Watch(serving(), ttft_slo_s, itl_slo_s)
     asyncio.run(taken(watch))
-    found = watch.kept.summary(watch.ended[0].ended_s)
-    assert found is not None
-    assert found.mean == kept
+    assert watch.kept.sums(watch.ended[0].ended_s) == (1, kept)
 
 
 def test_whoever_has_enough_has_a_finished_request() -> None:
@@ -80,9 +78,7 @@ def test_an_error_is_told_by_its_code_and_keeps_no_slo() -> None:
     with pytest.raises(Unavailable):
         asyncio.run(taken(watch))
     assert [(ended.outcome, ended.output_tokens) for ended in watch.ended] == [("service_unavailable", 3)]
-    found = watch.kept.summary(watch.ended[0].ended_s)
-    assert found is not None
-    assert found.mean == 0.0
+    assert watch.kept.sums(watch.ended[0].ended_s) == (1, 0.0)
 
 
 def test_a_client_that_leaves_has_cancelled() -> None:
@@ -98,7 +94,7 @@ def test_a_client_that_leaves_has_cancelled() -> None:
 
     asyncio.run(leaves(lambda: bool(watch.itl_ms._slices)))
     assert [ended.outcome for ended in watch.ended] == ["cancelled"]
-    assert watch.kept.summary(watch.ended[0].ended_s) is None
+    assert watch.kept.sums(watch.ended[0].ended_s) == (0, 0.0)
 
 
 def test_only_the_last_requests_are_remembered() -> None:
