@@ -117,6 +117,11 @@ def tiles(page: Page) -> dict[str, str]:
     return {worker: pool.removeprefix("pool-") for worker, pool in found}
 
 
+def await_count(page: Page, selector: str, count: int) -> None:
+    """What a click opens is there a moment later."""
+    page.wait_for_function("([s, n]) => document.querySelectorAll(s).length === n", arg=[selector, count])
+
+
 def overflow(page: Page) -> int:
     """Pixels that the page is wider than its window."""
     return int(page.evaluate("() => document.documentElement.scrollWidth - innerWidth"))
@@ -126,7 +131,7 @@ def test_a_real_deployment_of_two_workers(browser: Browser, served: Served) -> N
     for _ in range(3):
         served.complete(list(range(20, 90)), 8, ignore_eos=True)
     with opened(browser, served.url) as page:
-        page.wait_for_function("() => document.querySelectorAll('#requests li').length === 3")
+        await_count(page, "#requests li", 3)
         assert tiles(page) == {"prefill-0": "prefill", "decode-0": "decode"}
         assert "2 workers serve" in page.inner_text("#health")
         page.wait_for_function("() => document.querySelector('#figures .value').innerText.includes('%')")
@@ -135,7 +140,7 @@ def test_a_real_deployment_of_two_workers(browser: Browser, served: Served) -> N
         assert "prefill-0 \u2192 decode-0" in why
         assert "least_loaded" in why
         page.click("#workers summary")
-        assert page.locator("#workers-table tbody tr").count() == 2
+        await_count(page, "#workers-table tbody tr", 2)
         shown = page.get_attribute("#charts figure:first-child svg", "aria-label")
         assert shown is not None
         assert "prefill 1" in shown
@@ -149,7 +154,7 @@ def test_a_list_that_is_read_does_not_move(browser: Browser, served: Served) -> 
         page.wait_for_function("() => document.getElementById('held').innerText.startsWith('1 newer request')")
         assert page.locator("#requests li").count() == known
         page.click("#requests li:first-child summary")
-        page.wait_for_function(f"() => document.querySelectorAll('#requests li').length === {known + 1}")
+        await_count(page, "#requests li", known + 1)
         assert page.is_hidden("#held")
 
 
@@ -186,7 +191,9 @@ def test_sixty_four_workers(browser: Browser, served: Served, size: str, scheme:
         page.click("#workers summary")
         page.click("#requests li:first-child summary")
         page.click("#charts figure:nth-child(2) summary")
-        assert page.locator("#workers-table tbody tr").count() == 64
+        await_count(page, "#workers-table tbody tr", 64)
+        await_count(page, "#requests .why table", 1)
+        await_count(page, "#charts tbody tr", 13)
         assert page.locator("#requests li").count() == 50
         assert overflow(page) <= 0
         dark = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
@@ -198,6 +205,7 @@ def test_everything_has_a_name(browser: Browser, served: Served) -> None:
         page.click("#workers summary")
         page.click("#charts figure:nth-child(2) summary")
         page.click("#requests li:first-child summary")
+        await_count(page, "tbody", 3)
         found = names(page)
         assert [role for role, name in found if role in NAMED and not name.strip()] == []
         pictures = [name for role, name in found if role in ("image", "img")]
