@@ -20,7 +20,7 @@ from cluster import logs
 from cluster.config import Config, load, resolved
 from cluster.errors import StartupError
 from cluster.messages import WorkerInfo
-from deploy import config_cli, fetch_cli, kv_cli, orders_cli, plan_cli, sim_cli, status_cli
+from deploy import config_cli, fetch_cli, kv_cli, orders_cli, plan_cli, sim_cli, status_cli, top
 from deploy.doctor import cli as doctor_cli
 from deploy.environment import prepare
 from deploy.terminal import console, fail
@@ -35,6 +35,7 @@ for order in (orders_cli.drain, orders_cli.roles, orders_cli.scale, orders_cli.r
     app.command()(order)
 app.command(context_settings=config_cli.SETTINGS)(config_cli.config)
 app.command()(doctor_cli.doctor)
+app.command()(top.top)
 MAIN = os.getpid()
 MODEL_HELP = "GGUF file, Hugging Face directory or hub id [default: the demo model]"
 

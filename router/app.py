@@ -26,6 +26,8 @@ from kvstore.mirror import Mirror
 from kvstore.prefix_map import PrefixMap
 from router import http_errors
 from router.choices import Choices
+from router.dashboard import Dashboard
+from router.dashboard import routes as dashboard_routes
 from router.explain import explained, explanation
 from router.fleet import Fleet, Members
 from router.json_route import JsonRoute
@@ -73,6 +75,8 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     )
     service = Service(config, settings, fleet, metrics, router_id)
     book = OrderBook(settings.redis_url) if settings.redis_url else None
+    names = router_id, settings.served_model_name
+    dashboard = Dashboard(fleet, service.watch, service.queue, metrics, config, names)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,9 +84,11 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
         if mirror is not None:
             await mirror.start()
         await service.start()
+        await dashboard.start()
         try:
             yield
         finally:
+            await dashboard.close()
             await service.close()
             await fleet.close()
             if mirror is not None:
@@ -97,6 +103,7 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
     app.add_middleware(ApiKeys, keys=config.api_keys, operator_key=config.operator_key)
     app.add_middleware(RequestId)
     app.include_router(operations(fleet, metrics, settings, router_id, mirror))
+    app.include_router(dashboard_routes(dashboard, config))
     app.include_router(kv(fleet, Chains(config, settings, service.text), config, mirror))
     app.include_router(orders(fleet, config, settings, book))
     _add_generation(app, service, metrics, settings.served_model_name)

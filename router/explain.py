@@ -33,10 +33,11 @@ def explained(request: Request) -> bool:
 
 def explanation(decisions: list[Decision]) -> dict[str, str]:
     """The header that tells of them."""
-    return {ANSWERED: orjson.dumps([_body(decision) for decision in decisions]).decode()}
+    return {ANSWERED: orjson.dumps([body(decision) for decision in decisions]).decode()}
 
 
-def _body(decision: Decision) -> dict[str, Any]:
+def body(decision: Decision) -> dict[str, Any]:
+    """One decision as plain values, ready for JSON."""
     return dataclasses.asdict(decision) | {
         "chosen": decision.chosen and _terms(decision.chosen),
         "runner_up": decision.runner_up and _terms(decision.runner_up),

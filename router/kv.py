@@ -42,7 +42,7 @@ Work = Callable[[StoreInfo], Awaitable[dict[str, Any]]]
 def kv(fleet: Fleet, chains: Chains, config: Config, mirror: Mirror | None) -> APIRouter:
     """The routes, bound to one fleet."""
     router = APIRouter(
-        prefix="/kv", tags=["block stores"], route_class=JsonRoute, dependencies=[Depends(_operators_only(config))]
+        prefix="/kv", tags=["block stores"], route_class=JsonRoute, dependencies=[Depends(operators_only(config))]
     )
 
     @router.get("")
@@ -116,7 +116,8 @@ def kv(fleet: Fleet, chains: Chains, config: Config, mirror: Mirror | None) -> A
     return router
 
 
-def _operators_only(config: Config) -> Callable[[Request], None]:
+def operators_only(config: Config) -> Callable[[Request], None]:
+    """A dependency that lets operators through: anybody where there are no keys."""
     operators = Bearer([config.operator_key] if config.operator_key else [])
 
     def check(request: Request) -> None:

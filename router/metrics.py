@@ -64,6 +64,11 @@ class Metrics:
     def waited(self, seconds: float) -> None:
         self._waited.observe(seconds)
 
+    def outcomes(self) -> dict[str, int]:
+        """How many requests ended in which way, of this router's lifetime."""
+        samples = (sample for metric in self._requests.collect() for sample in metric.samples)
+        return {s.labels["outcome"]: int(s.value) for s in samples if s.name == "tandem_requests_total"}
+
     def refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()
 

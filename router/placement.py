@@ -60,9 +60,11 @@ class Decision:
 
     @property
     def kind(self) -> Kind:
-        """Append: whoever decodes has the beginning of the prompt on its device and computes the rest."""
+        """Append: whoever decodes has the beginning of the prompt on its device and computes the rest. Of a decision
+        that is explained."""
         if self.route.prefill is not None:
             return "disaggregated"
+        assert self.chosen is not None
         return "append" if self.chosen.device_tokens else "aggregated"
 
 

@@ -32,6 +32,7 @@ from router.request import Request
 from router.settings import RouterSettings
 from router.tenant_metrics import GpuTime
 from router.text import Text
+from router.watch import Watch
 
 SEED_MASK = 2**63 - 1
 BYTES_PER_TOKEN = 4  # of text: the guess until it is tokenized, which the gate corrects by what came of earlier ones
@@ -58,9 +59,11 @@ class Service:
         self._metrics = metrics
         self.text = Text.load(settings.model_directory)
         self._dispatcher = Dispatcher(fleet, config.request_timeout)
+        self.watch = Watch(self._dispatcher.serve, config.ttft_slo, config.itl_slo)
         limits = Limits(config.max_queue, min(config.request_timeout, MAX_WAIT_S))
         from_zero = config.budget[0] == 0  # a controller starts a worker when something waits for one
         self._gate = Gate(fleet, GateSettings(limits, config.max_sequences, config.request_timeout, from_zero), metrics)
+        self.queue = self._gate.queue
         self._tally = Tally()
         self._recorder = Recorder(config.trace, router_id, config.block_size) if config.trace else None
         self._gpu_time = GpuTime(settings.served_model_name, fleet.links, metrics.tenants)
@@ -166,7 +169,7 @@ class Service:
                 request = Request(name, tokens, sampling, hash_salt, tag, exact, hashes, arrival_s=arrival_s)
                 plans.append(Plan(request, self.text.detokenizer(body.stop, sampling.min_tokens), number, echo))
         passage.watch(plan.request.decisions for plan in plans)
-        account = Account(self._dispatcher.serve, passage, arrival_s, self._tally, self._recorder)
+        account = Account(self.watch.serve, passage, arrival_s, self._tally, self._recorder)
         return Choices(plans, account.serve, self._metrics, arrival_s, bool(body.return_token_ids))
 
     def _room(self, prompt: Sequence[int], field: str) -> int:
