@@ -27,11 +27,13 @@ from cluster.errors import ConfigError
 from loadtests import figures, page, slo
 from loadtests.client import Client, first_model
 from loadtests.measurements import Measurements
-from loadtests.open_loop import REPLAYED, ArrivalUser
+from loadtests.open_loop import ArrivalUser, dispatch
 from loadtests.options import Options, add_arguments, options
 from loadtests.recorder import Recorder
 
-END, ENDED = "loadtest_end", "loadtest_ended"
+# messages: the master says that the end has come; a worker that all its answers are there, that its share of a trace
+# has been sent and answered
+END, ENDED, REPLAYED = "loadtest_end", "loadtest_ended", "loadtest_replayed"
 PATIENCE_S = 60.0  # for answers that are under way at the end
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ def register(events: Any) -> None:
 
 
 def _init(environment: Any, runner: Any, **_: Any) -> None:
+    # imports took a while in which gevent did not look at the clock, and Locust's --run-time would end so much early
+    gevent.get_hub().loop.update_now()
     try:
         (_Worker if isinstance(runner, WorkerRunner) else _Main)(environment, runner)
     except ConfigError as error:
@@ -66,7 +70,18 @@ class _Process:
     def _start(self, environment: Any, **_: Any) -> None:
         chosen = options(environment.host, environment.parsed_options)
         client = Client(chosen.url, chosen.model, chosen.key, chosen.extra, chosen.timeout_s)
-        environment.recorder = Recorder(environment.events, client, environment.parsed_options.limits, chosen.warmup_s)
+        parsed = environment.parsed_options
+        environment.recorder = Recorder(environment.events, client, parsed.limits, chosen.warmup_s)
+        if not isinstance(self.runner, MasterRunner):  # which has no users
+            for scenario in parsed.arriving:
+                gevent.spawn(self._dispatch, chosen, scenario)
+
+    def _dispatch(self, chosen: Options, scenario: str) -> None:
+        processes = max(1, self.environment.parsed_options.expect_workers)
+        try:
+            dispatch(self.environment.recorder, chosen, scenario, self.runner.worker_index, processes)
+        finally:
+            self.runner.send_message(REPLAYED)  # or the run would not end; what was not sent is missed
 
 
 class _Worker(_Process):
@@ -110,18 +125,13 @@ class _Main(_Process):
         parsed = self.environment.parsed_options
         chosen = options(self.environment.host, parsed)
         parsed.limits = slo.load(chosen.slo)
-        parsed.model = chosen.model or first_model(chosen.url, chosen.key)
         classes = self.environment.user_classes
         if not parsed.user_classes:  # all would be too much at once, and arrivals end a run
             classes[:] = [made for made in classes if made.__name__ in ("ChatUser", "TurnsUser", "RagUser", "CodeUser")]
-        processes = max(1, parsed.expect_workers)
-        arriving = [made for made in classes if issubclass(made, ArrivalUser)]
-        for made in arriving:
-            made.fixed_count = processes
-        self._due = {made.scenario: self._count(chosen, made.scenario) for made in arriving}
-        parsed.num_users = max(parsed.num_users or 1, processes * len(arriving))
-        if len(arriving) == len(classes):
-            parsed.spawn_rate = parsed.num_users  # the shares of a trace begin together
+        parsed.arriving = [made.scenario for made in classes if issubclass(made, ArrivalUser)]
+        self._due = {scenario: self._count(chosen, scenario) for scenario in parsed.arriving}
+        parsed.num_users = max(parsed.num_users or 1, len(parsed.arriving))
+        parsed.model = chosen.model or first_model(chosen.url, chosen.key)
         return options(self.environment.host, parsed)
 
     @staticmethod

@@ -1,9 +1,9 @@
 """Requests that arrive at their times whatever the server does: a recorded trace, bursts, a square wave of mix, a day.
 
-One user per process is the dispatcher: it sleeps until a request's time and starts a greenlet that sends it, so no
-answer holds up the next request. How late each was sent is measured, and being late fails the run. Several processes
-share a trace, every n-th request each. Prompts are token ids made from the trace's block ids, so they share exactly the
-prefixes that the trace says. The run ends when every answer is there.
+A dispatcher sleeps until a request's time and starts a greenlet that sends it, so no answer holds up the next request.
+How late each was sent is measured, and being late fails the run. Several processes share a trace, every n-th request
+each; therefore every process has a dispatcher, and the user that Locust starts in one of them only stands for it.
+Prompts are token ids made from the trace's block ids, so they share exactly the prefixes that the trace says.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from locust import User, task
 from locust.exception import StopUser
 
 from loadtests.client import COMPLETIONS, Ask
-from loadtests.options import Options, options
+from loadtests.options import Options
+from loadtests.recorder import Recorder
 from loadtests.replay import prompt
 from loadtests.simulator.trace import TraceRequest
 
-REPLAYED = "loadtest_replayed"  # the message of a process that has sent its share and has all answers
 LEAD_S = 0.5  # to have the first request ready
 
 
+def dispatch(recorder: Recorder, chosen: Options, scenario: str, process: int, processes: int) -> None:
+    """Send this process's share of the scenario's requests, each at its time, and wait for the answers."""
+    trace = chosen.arrivals(scenario)
+    begun_s = recorder.now() + LEAD_S  # reading the trace took a moment, which is nobody's lateness
+    flights = Group()
+    for request in trace.requests[process::processes]:
+        ask = _ask(request, trace.block_size, scenario, chosen)
+        body = recorder.encode(ask)  # before its time, for a long prompt takes milliseconds
+        due_s = begun_s + request.arrival_s
+        if not recorder.pause(due_s - recorder.now()):
+            break
+        flights.spawn(recorder.perform, scenario, ask, due_s, body)
+    flights.join()
+
+
+def _ask(request: TraceRequest, block_size: int, scenario: str, chosen: Options) -> Ask:
+    # each scenario and seed has blocks of its own: else one would find what another has left in the cache
+    own = zlib.crc32(f"{chosen.seed}/{scenario}".encode()) << 32
+    named = dataclasses.replace(request, blocks=tuple(own + block for block in request.blocks))
+    tokens = prompt(named, block_size, chosen.vocab)
+    return Ask(COMPLETIONS, {"prompt": tokens, "max_tokens": request.output_tokens, "temperature": 0})
+
+
 class ArrivalUser(User):
-    """Sends its process's share of the scenario's requests, then stops."""
+    """Chooses a scenario by being there."""
 
     abstract = True
     scenario = ""
-
-    def on_start(self) -> None:
-        if self.environment.recorder.join(self.scenario):
-            raise StopUser  # one sends them all
+    fixed_count = 1
 
     @task
-    def dispatch(self) -> None:
+    def stand(self) -> None:
         recorder: Any = self.environment.recorder
-        chosen = options(self.environment.host, self.environment.parsed_options)
-        trace = chosen.arrivals(self.scenario)
-        processes = max(1, self.environment.parsed_options.expect_workers)
-        begun_s = recorder.now() + LEAD_S  # reading the trace took a moment, which is nobody's lateness
-        flights = Group()
-        for request in trace.requests[self.environment.runner.worker_index :: processes]:
-            ask = self._ask(request, trace.block_size, chosen)
-            body = recorder.encode(ask)  # before its time, for a long prompt takes milliseconds
-            due_s = begun_s + request.arrival_s
-            if not recorder.pause(due_s - recorder.now()):
-                break
-            flights.spawn(recorder.perform, self.scenario, ask, due_s, body)
-        flights.join()
-        self.environment.runner.send_message(REPLAYED)
+        recorder.ending.wait()
         raise StopUser
-
-    def _ask(self, request: TraceRequest, block_size: int, chosen: Options) -> Ask:
-        # each scenario and seed has blocks of its own: else one would find what another has left in the cache
-        own = zlib.crc32(f"{chosen.seed}/{self.scenario}".encode()) << 32
-        named = dataclasses.replace(request, blocks=tuple(own + block for block in request.blocks))
-        tokens = prompt(named, block_size, chosen.vocab)
-        return Ask(COMPLETIONS, {"prompt": tokens, "max_tokens": request.output_tokens, "temperature": 0})
 
 
 class BurstUser(ArrivalUser):

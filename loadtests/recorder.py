@@ -69,7 +69,11 @@ class Recorder:
 
     def pause(self, seconds: float) -> bool:
         """Whether it is still going on after that; returns at once when it ends."""
-        return not self.ending.wait(max(0.0, seconds))
+        until_s = self.now() + seconds
+        # gevent's timers count from when its loop last looked at the clock, so they may be early
+        while (left_s := until_s - self.now()) > 0 and not self.ending.is_set():
+            self.ending.wait(left_s)
+        return not self.ending.is_set()
 
     def end(self, patience_s: float) -> None:
         """Let nobody begin anything more, and wait for the answers that are under way, so long at the most."""
