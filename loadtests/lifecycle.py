@@ -140,6 +140,8 @@ class _Main(_Process):
         return sum(request.arrival_s >= chosen.warmup_s for request in chosen.arrivals(scenario).requests)
 
     def _start(self, environment: Any, **_: Any) -> None:
+        if isinstance(self.runner, MasterRunner):  # as many as there are, however many were expected
+            environment.parsed_options.expect_workers = self.runner.worker_count
         super()._start(environment)
         self.measurements = Measurements()
         self._stopping = False

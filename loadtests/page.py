@@ -116,16 +116,18 @@ def _verdicts(runs: Sequence[Run]) -> str:
         f"<td>{'kept' if v['kept'] else 'missed'}</td></tr>"
         for v in sorted(verdicts, key=lambda v: v["kept"])
     )
-    return f'{head}<div class="wide"><table><thead><tr>{_heads("scenario", "limit", "wanted", "measured", "")}</tr>' + (
-        f"</thead>{rows}</table></div>"
-    )
+    heads = _heads("scenario", "limit", "wanted", "measured", "")
+    return f'{head}<div class="wide"><table><thead><tr>{heads}</tr></thead>{rows}</table></div>'
 
 
 def _table(lines: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """A row per scenario."""
-    used = [key for key in FIGURES if any(key in figures for _, figures in lines)]
-    heads = _heads("", *(f"{label} ({unit})" if unit else label for label, unit in (FIGURES[key] for key in used)))
-    rows = "".join(f"<tr><td>{html.escape(name)}</td>{''.join(_cells(figures, used))}</tr>" for name, figures in lines)
+    """A row per figure, a column per scenario."""
+    rows = "".join(
+        f"<tr><td>{html.escape(label)}</td><td>{unit}</td>{''.join(_cells(key, unit, lines))}</tr>"
+        for key, (label, unit) in FIGURES.items()
+        if any(key in figures for _, figures in lines)
+    )
+    heads = _heads("", "", *(name for name, _ in lines))
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead>{rows}</table></div>'
 
 
@@ -133,10 +135,10 @@ def _heads(*names: str) -> str:
     return "".join(f"<th>{html.escape(name)}</th>" for name in names)
 
 
-def _cells(figures: Mapping[str, Any], used: Sequence[str]) -> Iterator[str]:
-    for key in used:
+def _cells(key: str, unit: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    for _, figures in lines:
         value = figures.get(key)
-        yield f"<td>{shown(value * 100 if value is not None and FIGURES[key][1] == '%' else value)}</td>"
+        yield f"<td>{shown(value * 100 if value is not None and unit == '%' else value)}</td>"
 
 
 def _errors(runs: Sequence[Run]) -> str:

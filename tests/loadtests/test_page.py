@@ -47,7 +47,7 @@ def test_terms_figures_and_plots_are_there() -> None:
               "Requests sent, and good", "Output tokens")  # fmt: skip
     assert [title for title in titles if f">{title}" not in text] == []
     assert text.count("<svg") == len(titles), "nothing had a send delay"
-    assert re.search(r"<tr><td>chat</td><td>40</td>", text)
+    assert re.search(r"<tr><td>answered</td><td></td><td>40</td><td>1</td>", text)
 
 
 def test_what_was_missed_stands_first() -> None:
