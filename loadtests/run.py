@@ -58,7 +58,7 @@ def scenario(name: str, url: str, given: argparse.Namespace) -> int:
         *(sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"), "--headless", "--only-summary"),
         *("--host", url, "--label", name, "--out", str(given.out), "--slo", str(given.slo), "--extra", given.extra),
         *("--html", str(given.out / f"{name}-locust.html"), "--seed", str(given.seed), "--length", str(length)),
-        *("--vocab", str(given.vocab), "--loglevel", "WARNING"),
+        *("--vocab", str(given.vocab), "--skip-log-setup"),
         *("--rate", str(given.rate), "--seconds", str(given.seconds), "--trace", trace),
         *(() if name in ARRIVE else ("-t", f"{given.seconds}s", "-u", str(given.users), "-r", str(given.users))),
         *(("--processes", str(given.processes)) if given.processes > 1 else ()),
@@ -126,7 +126,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Every scenario for a few seconds.")
     parser.add_argument("--url", default="", help="a server that runs [default: start a simulated cluster]")
     parser.add_argument("--only", type=_names, default=list(CLASSES), help=f"some of {','.join(CLASSES)}")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each scenario")
+    parser.add_argument("--seconds", type=int, default=8, help="of each scenario")
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--rate", type=float, default=3.0, help="requests a second of those that arrive by the clock")
     parser.add_argument("--length", type=float, default=0.25, help="times the length of prompts and answers")

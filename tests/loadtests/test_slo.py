@@ -56,6 +56,14 @@ def test_what_has_times_has_to_be_sent_all_and_on_time() -> None:
     assert ("trace", "sent") in missed(slo.judge({}, {}, {"trace": 50}))
 
 
+def test_being_late_is_asked_of_everyone_who_can_be() -> None:
+    every = {"every": {"failed": 1.0, "late_p99_ms": 20.0}}
+    late = FIGURES | {"sent": 50.0, "late_p99_ms": 30.0}
+    assert missed(slo.judge(every, {"chat": FIGURES, "trace": late}, {"trace": 50})) == [("trace", "late_p99_ms")]
+    named = {"chat": {"failed": 1.0, "late_p99_ms": 20.0}}
+    assert missed(slo.judge(named, {"chat": FIGURES}, {})) == [("chat", "late_p99_ms")], "nobody can have kept that"
+
+
 def test_a_request_is_good_within_both_limits() -> None:
     limits = {"within_ttft_ms": 500.0, "within_tpot_ms": 50.0}
     assert slo.within(limits, 0.5, 0.05)
