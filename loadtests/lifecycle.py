@@ -12,6 +12,7 @@ Locust alone would cut what is under way when a run ends, and would gate on noth
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import re
@@ -71,6 +72,8 @@ class _Process:
         chosen = options(environment.host, environment.parsed_options)
         client = Client(chosen.url, chosen.model, chosen.key, chosen.extra, chosen.timeout_s)
         parsed = environment.parsed_options
+        gc.collect()
+        gc.freeze()  # a collection over all modules takes tens of milliseconds in which nobody is on time
         environment.recorder = Recorder(environment.events, client, parsed.limits, chosen.warmup_s)
         if not isinstance(self.runner, MasterRunner):  # which has no users
             for scenario in parsed.arriving:

@@ -12,6 +12,7 @@ import dataclasses
 import zlib
 from typing import Any
 
+import gevent
 from gevent.pool import Group
 from locust import User, task
 from locust.exception import StopUser
@@ -23,6 +24,7 @@ from loadtests.replay import prompt
 from loadtests.simulator.trace import TraceRequest
 
 LEAD_S = 0.5  # to have the first request ready
+EARLY_S = 0.002  # it is awake so long before each: timers have milliseconds, and getting a core takes a while
 
 
 def dispatch(recorder: Recorder, chosen: Options, scenario: str, process: int, processes: int) -> None:
@@ -34,8 +36,10 @@ def dispatch(recorder: Recorder, chosen: Options, scenario: str, process: int, p
         ask = _ask(request, trace.block_size, scenario, chosen)
         body = recorder.encode(ask)  # before its time, for a long prompt takes milliseconds
         due_s = begun_s + request.arrival_s
-        if not recorder.pause(due_s - recorder.now()):
+        if not recorder.pause(due_s - EARLY_S - recorder.now()):
             break
+        while recorder.now() < due_s:
+            gevent.sleep(0)  # others may run
         flights.spawn(recorder.perform, scenario, ask, due_s, body)
     flights.join()
 
