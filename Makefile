@@ -2,6 +2,7 @@
 # make test    lint, types and tests: what CI runs; make unit, make e2e: a part of the tests
 # make bench   measure this machine and Tandem on it
 # make soak    5,000 requests with faults: minutes
+# make loadtest  every load scenario for a few seconds against a simulated cluster; its last line is the report
 # Every target makes the virtual environment itself when pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,6 +35,9 @@ bench: $(STAMP)
 soak: $(STAMP)
 	SOAK_REQUESTS=5000 $(VENV)/bin/python -m pytest tests/e2e/test_soak.py $(ARGS)
 
+loadtest: $(STAMP)
+	$(VENV)/bin/python -m loadtests.run $(ARGS)
+
 # torch first and by itself: its pinned CPU build must be in place before anything asks for "any torch"
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,4 +45,4 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: serve test unit e2e lint types bench soak
+.PHONY: serve test unit e2e lint types bench soak loadtest

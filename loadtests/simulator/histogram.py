@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 RATIO = 1.01  # of a bucket's upper to its lower edge
 _LOG = math.log(RATIO)
@@ -52,6 +54,25 @@ class Histogram:
         for bucket, count in self._counts.items():
             for shift, weight in kernel:
                 made._counts[bucket + shift] += count * weight / whole
+        return made
+
+    def merge(self, other: Histogram) -> None:
+        """Add all that the other one has."""
+        self.count += other.count
+        self.sum += other.sum
+        for bucket, weight in other._counts.items():
+            self._counts[bucket] += weight
+
+    def to_json(self) -> list[Any]:
+        return [self.count, self.sum, sorted(self._counts.items())]
+
+    @classmethod
+    def from_json(cls, row: Sequence[Any]) -> Histogram:
+        """The inverse of to_json."""
+        made = cls()
+        made.count, made.sum = int(row[0]), float(row[1])
+        for bucket, weight in row[2]:
+            made._counts[int(bucket)] += weight
         return made
 
     @property

@@ -36,10 +36,11 @@ def drawings(runs: Runs) -> Iterator[str]:
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=SIZE, layout="constrained")
             if draw(figure.add_subplot(), runs):
-                yield _svg(figure)
+                yield svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as an element."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
