@@ -12,9 +12,9 @@ ARGS ?=
 serve: $(STAMP)
 	$(VENV)/bin/tandem serve $(ARGS)
 
-# side by side: the end-to-end tests mostly wait, for processes that start, die and come back
+# two files at a time: most tests wait, for processes that start, die and come back
 test: lint types
-	$(MAKE) --no-print-directory -j2 unit e2e
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --ignore tests/e2e $(ARGS)
