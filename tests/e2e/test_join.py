@@ -1,5 +1,6 @@
 """`tandem serve` in a Ray cluster that is already there: it joins, serves, and leaves the cluster as it was."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,9 @@ def test_it_joins_the_cluster_that_ray_address_names(cluster: tuple[str, str], t
     assert any(called(p, "raylet") for p in marked(mark))
     groups = run([sys.executable, "-c", GROUPS], joining)
     assert groups.stdout.split() == ["REMOVED", "REMOVED"], groups.stderr
+    told = json.loads(run(command("doctor", str(tiny), "--port", "0", "--json"), joining).stdout)
+    (ray,) = [finding for finding in told["findings"] if finding["check"] == "Ray"]
+    assert (ray["level"], f"1 nodes with 4 CPUs at {address}" in ray["found"]) == ("ok", True), ray
     refused = run(command("serve", str(tiny), "--decode-tp", "4"), {**joining, "TANDEM_THREADS": "2"})
     assert refused.returncode == 1
     assert "need 8 CPUs on one node (--decode-tp 4 x 2 threads) and the largest has 4" in refused.stderr
