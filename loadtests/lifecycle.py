@@ -29,8 +29,9 @@ from loadtests import figures, page, slo
 from loadtests.client import Client, first_model
 from loadtests.measurements import Measurements
 from loadtests.open_loop import ArrivalUser, dispatch
-from loadtests.options import Options, add_arguments, options
+from loadtests.options import ARRIVALS, Options, add_arguments, options
 from loadtests.recorder import Recorder
+from loadtests.scenarios import SCENARIOS
 
 # messages: the master says that the end has come; a worker that all its answers are there, that its share of a trace
 # has been sent and answered
@@ -127,13 +128,14 @@ class _Main(_Process):
         """Find out what the options leave open, so that workers are told it too."""
         parsed = self.environment.parsed_options
         chosen = options(self.environment.host, parsed)
-        parsed.limits = slo.load(chosen.slo)
+        parsed.limits = slo.load(chosen.slo, (*SCENARIOS, *ARRIVALS))
         classes = self.environment.user_classes
         if not parsed.user_classes:  # all would be too much at once, and arrivals end a run
             classes[:] = [made for made in classes if made.__name__ in ("ChatUser", "TurnsUser", "RagUser", "CodeUser")]
         parsed.arriving = [made.scenario for made in classes if issubclass(made, ArrivalUser)]
         self._due = {scenario: self._count(chosen, scenario) for scenario in parsed.arriving}
-        parsed.num_users = max(parsed.num_users or 1, len(parsed.arriving))
+        self._chosen = [made.scenario for made in classes]
+        parsed.num_users = max(parsed.num_users or 1, len(classes))  # each has one at least
         parsed.model = chosen.model or first_model(chosen.url, chosen.key)
         return options(self.environment.host, parsed)
 
@@ -210,7 +212,7 @@ class _Main(_Process):
         for name, found in scenarios.items():
             found |= figures.asked_for(measurements, name, slo.limits_of(limits, name))
             found["series"] = figures.series(measurements, name)
-        verdicts = slo.judge(limits, scenarios, self._due)
+        verdicts = slo.judge(limits, scenarios, self._chosen, self._due)
         run = {
             "name": self.options.label or "-".join(scenarios) or "nothing",
             "url": self.options.url,

@@ -6,7 +6,7 @@
     within_tpot_ms = 100         # and the tokens after it come fast enough
     good = 0.9                   # at least this share of the answered requests
 
-    [chat]                       # for one scenario, which then has to be measured; before what `every` says
+    [chat]                       # for one scenario; goes before what `every` says
     ttft_p95_ms = 1500           # at most; ttft, itl, tpot, e2e or late; mean, or p and a percentile
     requests = 50                # at least so many answered
     goodput_rps = 2.0            # at least so many good ones a second
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,8 @@ def at_least(limit: str) -> bool:
     return limit in AT_LEAST or limit == "sent"
 
 
-def load(path: Path | None) -> dict[str, Limits]:
-    """Scenario (or `every`) -> limits; without a file none. Raises ConfigError."""
+def load(path: Path | None, scenarios: Collection[str]) -> dict[str, Limits]:
+    """Scenario (or `every`) -> limits; without a file none. Raises ConfigError, also for one that is none of these."""
     if path is None:
         return {}
     try:
@@ -68,6 +68,8 @@ def load(path: Path | None) -> dict[str, Limits]:
             raise ConfigError(
                 f"SLO file {path}: {scenario!r} stands in no section; write [every] or a scenario above it"
             )
+        if scenario not in (EVERY, *scenarios):
+            raise ConfigError(f"SLO file {path}: there is no scenario {scenario!r}; there are {', '.join(scenarios)}")
         for key, value in limits.items():
             if not (key in AT_LEAST or key in WITHIN or AT_MOST.fullmatch(key)):
                 raise ConfigError(f"SLO file {path}: [{scenario}] has the unknown limit {key!r}; {_known()}")
@@ -95,16 +97,16 @@ def within(limits: Limits, ttft_s: float, tpot_s: float | None) -> bool:
 
 
 def judge(
-    slo: Mapping[str, Limits], measured: Mapping[str, Mapping[str, float]], due: Mapping[str, int]
+    slo: Mapping[str, Limits],
+    measured: Mapping[str, Mapping[str, float]],
+    chosen: Collection[str],
+    due: Mapping[str, int],
 ) -> list[Verdict]:
-    """Every limit of every scenario that was measured or that the file names.
+    """Every limit of every scenario that was chosen, whether or not anything of it was measured.
 
     `measured` maps scenario -> figure -> value; `due` says how many requests of a scenario had to be sent.
     """
-    if not measured and not due:
-        return [Verdict("run", "requests", 1, None, False)]
-    names = dict.fromkeys((*measured, *due, *(name for name in slo if name != EVERY)))
-    return [verdict for name in names for verdict in _judge(name, slo, measured.get(name, {}), due.get(name))]
+    return [verdict for name in chosen for verdict in _judge(name, slo, measured.get(name, {}), due.get(name))]
 
 
 def _judge(name: str, slo: Mapping[str, Limits], figures: Mapping[str, float], due: int | None) -> Iterator[Verdict]:
