@@ -57,6 +57,8 @@ def test_an_alert_says_what_is_wrong_and_where_to_read_on(rule: dict[str, Any]) 
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
     assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
+    headings = re.findall(r"^#+ (\w+)$", (FOLDER.parents[1] / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert rule["alert"] in headings, "an alert without a runbook"
     assert re.fullmatch(r"\d+[smh]", rule["for"])
 
 
