@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 WIDE = 170  # characters: what the larger tables need
 
 console = Console()
 
 
-def print_wide(table: Table) -> None:
+def print_wide(what: RenderableType) -> None:
     """Also where a terminal has fewer columns: lines that wrap are better than figures that are cut away."""
-    Console(width=max(WIDE, console.width)).print(table)
+    Console(width=max(WIDE, console.width)).print(what)
 
 
 def fail(message: str) -> NoReturn:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.http_client import LOCAL, Key, Url, ask
-from deploy.terminal import console
+from deploy.terminal import console, print_wide
 
 EVERY_S = 1.0
 CALL_S = 5.0
@@ -39,7 +39,7 @@ def top(
 ) -> None:
     """Watch a running deployment: load, times, workers, events and placements."""
     if once or not console.is_terminal:
-        console.print(frame(_latest(url, key), None))
+        print_wide(frame(_latest(url, key), None))
         return
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
