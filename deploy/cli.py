@@ -78,6 +78,10 @@ def serve(
         _serve(load(config, os.environ, given))
     except (Stop, KeyboardInterrupt):
         console.print("stopped")
+    except SystemError as error:
+        if not isinstance(error.__cause__, Stop):  # Ray's native code makes this of one that reaches it
+            raise
+        console.print("stopped")
     except StartupError as error:
         fail(error.message)
 

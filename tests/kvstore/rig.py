@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -197,7 +198,7 @@ async def store_process(
     layout: Layout = LAYOUT,
 ) -> AsyncIterator[tuple[str, int, Process]]:
     sizes = {"layout": dataclasses.asdict(layout), "memory": memory_for(slabs, layout)}
-    settings = {"store_id": "test", "port": port, **sizes}
+    settings = {"store_id": f"test-{os.getpid()}", "port": port, **sizes}
     tier = {"disk": str(disk or ""), "disk_memory": disk_blocks * file_bytes(layout)}
     async with process("serve", redis_url=redis_url, **settings, **tier) as made:
         address, epoch = (await made.line()).split()

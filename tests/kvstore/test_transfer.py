@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 from collections.abc import Coroutine
@@ -63,7 +64,8 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 
 def arena_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("tandem-test-*.arena")}
+    """Of the store processes that these tests have started; other tests run beside them."""
+    return {path.name for path in Path("/dev/shm").glob(f"tandem-test-{os.getpid()}-*.arena")}
 
 
 def pairs(*positions: int) -> list[tuple[int, int]]:
