@@ -170,7 +170,9 @@ def test_what_a_killed_store_had_published_is_removed_by_the_living(server: Embe
                 await eyes.see(hashes, 5)
                 await eyes.mirrored(hashes, 5)
                 process.kill()
-            client.hset("tandem:{ns}:stores", "test", f"{epoch} 1000 {address}")  # as if that were long ago
+            client.hset(
+                "tandem:{ns}:stores", f"test-{os.getpid()}", f"{epoch} 1000 {address}"
+            )  # as if that were long ago
             await eyes.see(hashes, 0)
             assert len(client.keys("tandem:{ns}:b:*")) == 5
             async with _another(server.url):
