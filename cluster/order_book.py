@@ -7,7 +7,7 @@ has lost the orders too, and then the configuration holds again. What the orders
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
 from cluster.codec import decode, encode
 from cluster.errors import ProtocolError
@@ -25,20 +25,16 @@ class OrderBook:
 
     async def read(self, namespace: str) -> Orders:
         """Raises ProtocolError for what another version wrote."""
-        found: dict[Any, bytes] = await self._link.command("HGETALL", _key(namespace))
-        orders = [decode(value) for value in found.values()]
-        if not all(isinstance(order, get_args(Order)) for order in orders):
-            raise ProtocolError(f"{_key(namespace)} holds something that is no order; is the Redis shared?")
-        return Orders.of(orders)
+        return _orders(namespace, await self._link.command("HGETALL", _key(namespace)))
 
-    async def give(self, namespace: str, order: Order) -> None:
-        """Replaces the one of the same name."""
-        await self._link.command("HSET", _key(namespace), name(order), encode(order))
-
-    async def withdraw(self, namespace: str, names: Sequence[str]) -> None:
-        """Those that are not there are no error."""
-        if names:
-            await self._link.command("HDEL", _key(namespace), *names)
+    async def change(self, namespace: str, given: Sequence[Order], withdrawn: Sequence[str] = ()) -> Orders:
+        """Withdraw the orders of these names, if there are any, and give these, each in place of the one of the same
+        name; all at once. Returns what is ordered then. Raises ProtocolError for what another version wrote."""
+        key = _key(namespace)
+        commands: list[tuple[bytes | str, ...]] = [("HDEL", key, *withdrawn)] if withdrawn else []
+        commands += [("HSET", key, name(order), encode(order)) for order in given]
+        *_, found = await self._link.transaction(*commands, ("HGETALL", key))
+        return _orders(namespace, found)
 
     async def close(self) -> None:
         await self._link.close()
@@ -46,3 +42,10 @@ class OrderBook:
 
 def _key(namespace: str) -> str:
     return f"tandem:{{{namespace}}}:orders"
+
+
+def _orders(namespace: str, found: dict[bytes, bytes]) -> Orders:
+    orders = [decode(value) for value in found.values()]
+    if not all(isinstance(order, get_args(Order)) for order in orders):
+        raise ProtocolError(f"{_key(namespace)} holds something that is no order; is the Redis shared?")
+    return Orders.of(orders)

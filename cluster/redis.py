@@ -55,6 +55,14 @@ class Link:
         """The reply of one command."""
         return await self._within(self._client.execute_command(*arguments), self._timeout_s)
 
+    async def transaction(self, *commands: tuple[bytes | str, ...]) -> list[Any]:
+        """The replies of commands that take effect together (MULTI)."""
+        pipeline = self._client.pipeline(transaction=True)
+        for command in commands:
+            pipeline.execute_command(*command)
+        replies: list[Any] = await self._within(pipeline.execute(), self._timeout_s)
+        return replies
+
     async def script(
         self,
         source: str,

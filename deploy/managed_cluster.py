@@ -88,7 +88,7 @@ class ManagedCluster:
         return f"{post.id} has nothing left to do"
 
     async def withdraw(self, orders: Sequence[str]) -> None:
-        await self._orders.withdraw(self._namespace, orders)
+        await self._orders.change(self._namespace, (), orders)
 
     async def report(self, info: ControllerInfo) -> None:
         await self._membership.register(info)

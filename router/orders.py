@@ -138,10 +138,7 @@ class _Desk:
 
     async def take(self, *wanted: Order, without: tuple[str, ...] = ()) -> Response:
         """Give these orders and withdraw those of these names; answers with all that hold then."""
-        await self._kept().withdraw(self._namespace, without)
-        for order in wanted:
-            await self._kept().give(self._namespace, order)
-        return _json(await self.ordered())
+        return _json(await self._kept().change(self._namespace, wanted, without))
 
     async def roles(self, body: RolesBody) -> Response:
         now = await self.opened()

@@ -79,7 +79,7 @@ def test_a_process_follows_what_is_ordered(monkeypatch: pytest.MonkeyPatch) -> N
     def order(level: logs.Level) -> None:
         async def give() -> None:
             book = OrderBook(server.url)
-            await book.give("ns", LogOrder(level))
+            await book.change("ns", [LogOrder(level)])
             await book.close()
 
         asyncio.run(give())

@@ -9,7 +9,7 @@ import redis
 
 from cluster.errors import ProtocolError, Unavailable
 from cluster.order_book import OrderBook
-from cluster.orders import DrainOrder, Orders, RoleOrder, ScaleOrder
+from cluster.orders import DrainOrder, Orders, RoleOrder, ScaleOrder, SplitOrder
 from kvstore.redis_server import EmbeddedRedis
 
 
@@ -35,14 +35,16 @@ def run(url: str, test: Callable[[OrderBook], Awaitable[Any]]) -> None:
 def test_orders_replace_each_other_by_name_and_outlive_whoever_gave_them(server: EmbeddedRedis) -> None:
     async def give(book: OrderBook) -> None:
         for order in (ScaleOrder(1, 2), ScaleOrder(3, 4), DrainOrder("a"), RoleOrder("b", "prefill")):
-            await book.give("ns", order)
+            await book.change("ns", [order])
 
     async def read(book: OrderBook) -> None:
         assert await book.read("ns") == Orders(frozenset("a"), {"b": "prefill"}, scale=ScaleOrder(3, 4))
         assert await book.read("other") == Orders()
-        await book.withdraw("ns", ["scale", "drain/a", "drain/nobody"])
-        await book.withdraw("ns", [])
-        assert await book.read("ns") == Orders(roles={"b": "prefill"})
+        left = Orders(roles={"b": "prefill"})
+        assert await book.change("ns", (), ["scale", "drain/a", "drain/nobody"]) == left
+        assert await book.change("ns", (), []) == left == await book.read("ns")
+        split = SplitOrder(1, 2)
+        assert await book.change("ns", [split], ["role/b"]) == Orders(split=split) == await book.read("ns")
 
     run(server.url, give)
     run(server.url, read)
@@ -50,7 +52,7 @@ def test_orders_replace_each_other_by_name_and_outlive_whoever_gave_them(server:
 
 def test_a_redis_that_lost_its_data_has_no_orders(server: EmbeddedRedis) -> None:
     async def test(book: OrderBook) -> None:
-        await book.give("ns", ScaleOrder(1, 2))
+        await book.change("ns", [ScaleOrder(1, 2)])
         with redis.Redis.from_url(server.url) as client:
             client.flushall()
         assert await book.read("ns") == Orders()
@@ -60,7 +62,7 @@ def test_a_redis_that_lost_its_data_has_no_orders(server: EmbeddedRedis) -> None
 
 def test_what_is_no_order_is_refused(server: EmbeddedRedis) -> None:
     async def test(book: OrderBook) -> None:
-        await book.give("strange", ScaleOrder(1, 2))
+        await book.change("strange", [ScaleOrder(1, 2)])
         with redis.Redis.from_url(server.url) as client:
             client.hset("tandem:{strange}:orders", "scale", b"\x01")
         with pytest.raises(ProtocolError):
@@ -74,6 +76,6 @@ def test_no_redis_is_an_answer() -> None:
         with pytest.raises(Unavailable):
             await book.read("ns")
         with pytest.raises(Unavailable):
-            await book.give("ns", ScaleOrder(1, 2))
+            await book.change("ns", [ScaleOrder(1, 2)])
 
     run("redis://127.0.0.1:1", test)

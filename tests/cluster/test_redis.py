@@ -94,9 +94,9 @@ async def use_everything(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await until(lambda: mirror.stat().blocks == 0, "the mirror follows")
     assert mirror.stat().gaps_total == 0
     orders = OrderBook(url)
-    await orders.give("ns", ScaleOrder(1, 2))
+    await orders.change("ns", [ScaleOrder(1, 2)])
     assert (await orders.read("ns")).scale == ScaleOrder(1, 2)
-    await orders.withdraw("ns", ["scale"])
+    await orders.change("ns", (), ["scale"])
     for each in (membership, index, mirror, writer, other, orders):
         await each.close()
 
