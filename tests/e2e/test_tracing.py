@@ -61,7 +61,7 @@ def ask(served: Served, new: int, *, sampled: bool = True) -> tuple[str, str]:
     trace, span = secrets.token_hex(16), secrets.token_hex(8)
     answer = served.post(
         "/v1/completions",
-        {"prompt": f"{WORD} " * 20 + trace, "max_tokens": new, "ignore_eos": True},
+        {"prompt": trace + f" {WORD}" * 20, "max_tokens": new, "ignore_eos": True},
         headers={"authorization": f"Bearer {KEY}", "traceparent": f"00-{trace}-{span}-{int(sampled):02}"},
     )
     assert answer.status_code == 200, answer.text
