@@ -34,7 +34,6 @@ from workers.sim import sim_layout
 BLOCK = 16
 LAYOUT = sim_layout(BLOCK)
 SLABS = 240  # of the store: more than a handoff needs, fewer than a worker's 256 blocks
-DRIVER = Path(pynvml.__file__).parent
 SAID_S = 2.0  # in which a worker has said what became of a request that has ended
 REFUSED_S = 0.2  # until a client that was refused asks again
 FOLLOWED_S = 1.5  # a decode of two tokens takes less, a worker that is silent for so long is not lost yet
@@ -160,7 +159,7 @@ def test_every_metric_moves_in_its_scenario(tiny: Path, tmp_path: Path) -> None:
     wanted.write_text("2")
     with closing(EmbeddedRedis()) as index:
         places = {"TANDEM_REDIS_URL": index.url, "TANDEM_DISK": str(tmp_path / "disk")}
-        places |= {"PYTHONPATH": f"{DRIVER}:{os.getcwd()}", pynvml.FILE: str(tmp_path / "gpus")}
+        places |= pynvml.environment(tmp_path / "gpus")
         policy = {WANTED: str(wanted), DRAIN: "1"}
         with (
             serving(str(tiny), *ARGUMENTS, **SETTINGS, **places, **policy) as served,
@@ -306,11 +305,10 @@ def sizes(watch: Watch, clients: Clients, wanted: Path) -> None:
 
 
 def gpus(watch: Watch, clients: Clients, driver: Path) -> None:
-    figures = {"uuid": "GPU-1", "name": "H200", "used": 2**36, "total": 2**37, "busy_percent": 20, "power_mw": 150_000}
     with watch.scenario("gpu"):
-        pynvml.write(driver, [figures])
+        pynvml.write(driver, [pynvml.H200])
         clients.until("tandem_gpu_power_watts", 150, gpu="GPU-1")
-        pynvml.write(driver, [figures | {"busy_percent": 90, "power_mw": 655_500}])
+        pynvml.write(driver, [pynvml.H200 | {"busy_percent": 90, "power_mw": 655_500}])
         clients.until("tandem_gpu_power_watts", 655.5, gpu="GPU-1")
     shown = ("utilization_ratio", "memory_used_bytes", "memory_bytes", "power_watts")
     assert [clients.value(f"tandem_gpu_{name}", gpu="GPU-1") for name in shown] == [0.9, 2**36, 2**37, 655.5]

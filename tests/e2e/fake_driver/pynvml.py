@@ -13,12 +13,20 @@ from typing import Any
 FILE = "FAKE_GPUS"
 
 
+H200 = {"uuid": "GPU-1", "name": "H200", "used": 2**36, "total": 2**37, "busy_percent": 20, "power_mw": 150_000}
+
+
 class NVMLError(Exception):
     pass
 
 
 class NVMLError_NotSupported(NVMLError):
     pass
+
+
+def environment(path: Path) -> dict[str, str]:
+    """Of a deployment that is to see the GPUs of that file."""
+    return {"PYTHONPATH": f"{Path(__file__).parent}:{os.getcwd()}", FILE: str(path)}
 
 
 def write(path: Path, gpus: list[dict[str, Any]]) -> None:
