@@ -29,6 +29,7 @@ from cluster.errors import ConfigError, TandemError
 __all__ = ["INVALID_SPAN", "Attributes", "Span", "SpanKind"]
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+OFF = {"OTEL_SDK_DISABLED": "true", "OTEL_TRACES_EXPORTER": "none"}
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")  # the first that is set counts
 PROTOCOL = "http/protobuf"
 FLUSH_S = 2.0  # for the last spans of a process that ends
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------------------- on or off
 def wanted() -> bool:
     """Whether this process's environment asks for traces."""
-    return any(os.environ.get(name) for name in ENDPOINTS)
+    asked = any(os.environ.get(name) for name in ENDPOINTS)
+    return asked and not any(os.environ.get(name, "").lower() == value for name, value in OFF.items())
 
 
 def check() -> None:
