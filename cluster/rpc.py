@@ -1,7 +1,8 @@
 """gRPC without generated code: every call is one message in, one message (or a stream of them) out.
 
 The codec is `cluster.messages`; a call is authorised by the cluster secret in its metadata, compared in constant time.
-A TandemError raised by a handler reaches the caller as the same class. Every call has a deadline; a stream's deadline
+A TandemError raised by a handler reaches the caller as the same class. A call carries its caller's span, if that is
+traced. Every call has a deadline; a stream's deadline
 is its caller's business (`timeout=None` is allowed only there).
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from cluster import telemetry
 from cluster.codec import decode, encode
 from cluster.errors import DeadlineExceeded, TandemError, Unauthorized, WorkerLost, subclasses
 
@@ -59,10 +61,12 @@ class Server:
         await self._server.stop(grace_s)
 
     def _authorise(self, context: grpc.aio.ServicerContext) -> None:
-        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        metadata = dict(context.invocation_metadata() or ())
+        given = metadata.get("authorization", "")
         given = given.encode() if isinstance(given, str) else given
         if not hmac.compare_digest(given, self._secret):
             raise Unauthorized("this call did not carry the cluster's secret")
+        telemetry.incoming(metadata)
 
     def _unary(self, handler: Unary) -> Unary:
         async def call(message: bytes, context: grpc.aio.ServicerContext) -> Any:
@@ -101,7 +105,8 @@ class Client:
         if method not in self._calls:
             self._calls[method] = self._channel.unary_unary(f"/{SERVICE}/{method}", encode, None)
         try:
-            answer = await self._calls[method](message, timeout=timeout_s, metadata=self._metadata)
+            metadata = telemetry.outgoing(self._metadata)
+            answer = await self._calls[method](message, timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise translate(error, self.address, method) from None
         return decode(answer)
@@ -109,7 +114,7 @@ class Client:
     async def stream(self, method: str, message: Any, timeout_s: float | None) -> AsyncGenerator[Any, None]:
         """Yields the peer's messages; leaving the loop early cancels the call."""
         call = self._channel.unary_stream(f"/{SERVICE}/{method}", encode, None)(
-            message, timeout=timeout_s, metadata=self._metadata
+            message, timeout=timeout_s, metadata=telemetry.outgoing(self._metadata)
         )
         try:
             async for item in call:

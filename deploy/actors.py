@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import logs
+from cluster import logs, telemetry
 from cluster.config import Config
 from cluster.errors import ModelError, StartupError, TandemError
 from cluster.identity import Identity
@@ -71,6 +71,7 @@ class Actor:
     def stop(self) -> None:
         if self._service is not None:
             asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result(STOP_S)
+        telemetry.close()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -102,6 +103,7 @@ class WorkerActor(Actor):
         self._room = ray.util.get_current_placement_group()
         self._shards: list[Any] = []  # an actor lives as long as somebody has its handle
         super().__init__(lambda: self._worker(settings, model), settings.identity)
+        telemetry.configure("worker", settings.id)
 
     def progress(self) -> float:
         """How much of the weights is loaded, 0..1; of rank 0's part."""
@@ -163,6 +165,7 @@ class StoreActor(Actor):
     ) -> None:
         here = _here(identity)
         super().__init__(lambda: StoreServer(store_id, layout, memory, here, disk, disk_memory, tenant_share), identity)
+        telemetry.configure("store", store_id)
 
 
 def _log(identity: Identity) -> None:

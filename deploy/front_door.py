@@ -6,7 +6,7 @@ from typing import Any
 
 from ray import serve
 
-from cluster import logs
+from cluster import logs, telemetry
 from cluster.config import Config
 from router.app import create_app
 from router.settings import RouterSettings
@@ -21,6 +21,7 @@ def application(config: Config, settings: RouterSettings) -> Any:
     def build() -> Any:
         logs.configure()
         logs.follow(settings.redis_url, settings.namespace)
+        telemetry.configure("router")
         return create_app(config, settings)
 
     ingress = serve.ingress(build)()

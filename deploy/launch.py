@@ -26,6 +26,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from cluster import telemetry
 from cluster.config import Config
 from cluster.controller import Controller, running
 from cluster.errors import StartupError
@@ -89,6 +90,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
     context = max_context(config, architecture)
     placement.check_model(config, model_sizes(config, architecture))
     policy(config.autoscaling)  # one that there is not should be found out now
+    telemetry.check()
     port = check_port(config.host, config.port)
     disk = disk_tier.folder(config)
     secret = disk_tier.cluster_secret(config, disk)

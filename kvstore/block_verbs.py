@@ -6,9 +6,11 @@ A reader is told about a tier only so that it can predict how long fetching take
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from cluster import telemetry
 from cluster.errors import EpochMismatch, Expired
 from cluster.rpc import Stream, Unary
 from cluster.store_messages import Fetch, Find, FollowEnd, Found, Fragments
@@ -35,6 +37,7 @@ class BlockVerbs:
 
     async def _find(self, message: Find, _: Any) -> Found:
         check_hashes(message.hashes)
+        began_s = time.monotonic()
         tiers = bytearray()
         for name in message.hashes:
             tier = self._tiers.tier(name)
@@ -43,6 +46,8 @@ class BlockVerbs:
             tiers.append(tier)
         self.found += len(tiers)
         self.missed += len(message.hashes) - len(tiers)
+        about = {"tandem.blocks": len(message.hashes), "tandem.found_blocks": len(tiers)}
+        telemetry.record("store find", telemetry.caller(), began_s, time.monotonic(), about)
         return Found(bytes(tiers))
 
     async def _fetch(self, message: Fetch, context: Any) -> AsyncIterator[Fragments | FollowEnd]:
@@ -53,7 +58,8 @@ class BlockVerbs:
         chain = Chain(self._tiers, message.hashes)
         # not `finally`: it would not run before garbage collection when the stream breaks while a message is sent
         context.add_done_callback(lambda _: self._release(chain))
-        position = 0
+        span, position = telemetry.start("store fetch", telemetry.caller(), {"tandem.inline": message.inline}), 0
+        context.add_done_callback(lambda _: telemetry.end(span, {"tandem.blocks": position}))
         while ready := await chain.ready(position):
             blocks = [(position + i, self._layout.tokens, entry) for i, entry in enumerate(ready)]
             for frame in frames(self._tiers.arena, part, blocks, message.inline):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster import telemetry
 from cluster.errors import EpochMismatch, NoSpace, ProtocolError
 from cluster.messages import Ack
 from cluster.rpc import Stream, Unary
@@ -88,6 +89,10 @@ class HandoffVerbs:
 
     async def _reserve(self, message: Reserve, _: Any) -> Reserved:
         check_reserve(message, self._layout)
+        with telemetry.span("store reserve", telemetry.caller(), {"tandem.blocks": len(message.blocks)}):
+            return await self._make_room(message)
+
+    async def _make_room(self, message: Reserve) -> Reserved:
         now = time.monotonic()
         hold_s = message.hold_ms / 1000
         slabs = self._ledger.reserve(
@@ -146,10 +151,11 @@ class HandoffVerbs:
             raise EpochMismatch("the store has restarted since this handoff was made; recompute it")
         part = asked_part(message.rectangle, self._layout)
         transfer = self._ledger.follow(message.transfer_id, time.monotonic())
-        news = asyncio.Event()
+        news, position = asyncio.Event(), message.start
         self._news.setdefault(transfer.id, set()).add(news)
+        span = telemetry.start("store follow", telemetry.caller(), {"tandem.inline": message.inline})
         context.add_done_callback(lambda _: self._unfollow(transfer, news))
-        position = message.start
+        context.add_done_callback(lambda _: telemetry.end(span, {"tandem.blocks": position - message.start}))
         while True:
             news.clear()
             ready = transfer.ready(position)

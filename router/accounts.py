@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from cluster.errors import TandemError
-from router import request_log
+from router import request_log, tracing
 from router.choices import Serve
 from router.gate import Pass
 from router.http_errors import code
@@ -37,9 +38,9 @@ class Account:
         self._tally.prompt_tokens += len(request.prompt)
         first_s = last_s = 0.0  # monotonic times of deliveries
         tokens = cached_tokens = 0
-        outcome = request_log.CLOSED
+        outcome, failed, span = request_log.CLOSED, False, tracing.generation(request)
         try:
-            async with aclosing(self._serve(request)) as deltas:
+            async with aclosing(self._serve(replace(request, span=span))) as deltas:
                 async for delta in deltas:
                     now_s, new = time.monotonic(), len(delta.tokens)
                     if first_s:
@@ -54,7 +55,7 @@ class Account:
                     outcome = delta.finish or outcome
                     yield delta
         except Exception as error:
-            outcome = code(error)
+            outcome, failed = code(error), True
             if isinstance(error, TandemError) and not first_s:
                 self._passage.failed()
             raise
@@ -62,6 +63,7 @@ class Account:
             ttft_ms = 1000 * (first_s - self._arrival_s) if first_s else None
             itl_ms = 1000 * (last_s - first_s) / (tokens - 1) if tokens > 1 else None
             request_log.finished(request, outcome, tokens, cached_tokens, ttft_ms, itl_ms)
+            tracing.generated(span, request, outcome, failed, tokens, cached_tokens)
             if tokens and self._recorder is not None:
                 self._recorder.record(self._line(self._recorder, request, tokens, cached_tokens, first_s, last_s))
 

@@ -8,6 +8,7 @@ that is `router/choices.py`, and it decides nothing about errors: that is `route
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
@@ -18,13 +19,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from cluster import telemetry
 from cluster.config import Config
 from cluster.membership import Membership
 from cluster.messages import FinishReason
 from cluster.order_book import OrderBook
 from kvstore.mirror import Mirror
 from kvstore.prefix_map import PrefixMap
-from router import http_errors
+from router import http_errors, tracing
 from router.choices import Choices
 from router.dashboard import Dashboard
 from router.dashboard import routes as dashboard_routes
@@ -95,10 +97,13 @@ def create_app(config: Config, settings: RouterSettings, members: Members | None
                 await mirror.close()
             if book is not None:
                 await book.close()
+            await asyncio.to_thread(telemetry.close)
 
     app = FastAPI(title="Tandem", lifespan=lifespan, redoc_url=None)
     app.router.route_class = JsonRoute
     http_errors.install(app, metrics)
+    if telemetry.wanted():
+        app.add_middleware(tracing.Tracing)
     app.add_middleware(BodyLimit, limit=BODY_LIMIT)  # the last added sees a request first
     app.add_middleware(ApiKeys, keys=config.api_keys, operator_key=config.operator_key)
     app.add_middleware(RequestId)
@@ -134,7 +139,7 @@ def _caller(request: Request) -> Caller:
     """Raises Forbidden when the request asks for what is not for whoever sent it."""
     explained(request)
     state = request.state
-    return Caller(state.tenant, state.operator, state.request_id)
+    return Caller(state.tenant, state.operator, state.request_id, tracing.of(request))
 
 
 def _head(prefix: str, model: str) -> Head:

@@ -19,12 +19,14 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster import telemetry
 from cluster.errors import DeadlineExceeded, Moved, TandemError, Unavailable, WorkerLost
 from cluster.messages import DecodeJob, FinishReason, Generation, Handoff, PrefillJob, TokenOutput
 from router.fleet import Fleet
 from router.outputs import SUBMIT_TIMEOUT_S, Events, LegFailed, WorkerLink
 from router.placement import Ask, Decision
 from router.request import Delta, Progress
+from router.tracing import AttemptTrace
 
 PREFILL_TRIES = 2  # prefill workers asked per attempt before the decode worker does it itself
 
@@ -49,6 +51,7 @@ class Attempt:
         self._fleet = fleet
         self._progress = progress
         self._name = f"{progress.request.id}-{number}"
+        self._trace = AttemptTrace(progress.request, number)
         self._hashes = hashes  # of the full blocks of prompt and output so far
         self._reserved: WorkerLink | None = None  # the decode worker, until it has its job
         self._start = len(progress.tokens)  # index of this attempt's first token
@@ -108,6 +111,7 @@ class Attempt:
         self._unreserve()
         for leg in self._legs:
             leg.link.detach(leg.id)
+        self._trace.over()
         return [_abort(leg) for leg in self._legs if not leg.finished]
 
     def _note_handoff(self) -> None:
@@ -119,11 +123,12 @@ class Attempt:
     def _place(self) -> Decision:
         """The workers to ask, with the decode worker's part reserved. Raises Unavailable when nobody is left."""
         progress = self._progress
-        self.placed = False
+        self.placed, began_s = False, time.monotonic()
         tokens = len(progress.request.prompt) + self._start
         ask = Ask(tokens, progress.expected_tokens, frozenset(progress.failed))
         decision = self._fleet.place(ask, self._hashes)
         self.placed = True
+        self._trace.placed(began_s, decision)
         progress.request.decisions.append(decision)
         alone = decision.route.prefill is None
         self._reserve(decision.route.decode, decision.uncached_tokens if alone else 0)
@@ -150,12 +155,13 @@ class Attempt:
         link = self._fleet.link(worker_id)
         leg_id = f"{self._name}p{len(self._legs)}"
         link.reserve(leg_id, uncached_tokens, 0)
-        leg = self._open(link, PrefillJob(self._generation(leg_id)))
+        leg = self._open(link, PrefillJob(self._generation(leg_id)), "prefill")
         # not `await leg.submitting`: leaving must not cancel a Submit half way, or nobody knows whether to abort it
         await asyncio.wait({leg.submitting})
         outcome = leg.submitting.result()
         if isinstance(outcome, TandemError):
             leg.link.detach(leg.id)
+            self._trace.leg_over(leg.id, outcome.code)
             leg.finished = not isinstance(outcome, Unavailable)  # refused; otherwise it may yet have arrived
         else:
             self._prefill, self._prefill_pending, self._cached_from = leg, True, leg.id
@@ -165,7 +171,7 @@ class Attempt:
         """Does not wait: the first token of a prefill leg must not wait for the decode worker's answer."""
         link = self._fleet.link(worker_id)
         self._reserved = None  # the leg is detached instead
-        self._decode = leg = self._open(link, DecodeJob(self._generation(self._decode_id), handoff))
+        self._decode = leg = self._open(link, DecodeJob(self._generation(self._decode_id), handoff), "decode")
         self._cached_from = self._cached_from or leg.id
 
         def refused(task: asyncio.Task[Handoff | TandemError | None]) -> None:
@@ -188,10 +194,11 @@ class Attempt:
             exact=request.exact,
         )
 
-    def _open(self, link: WorkerLink, job: PrefillJob | DecodeJob) -> _Leg:
+    def _open(self, link: WorkerLink, job: PrefillJob | DecodeJob, kind: str) -> _Leg:
         leg_id = job.generation.id
         link.attach(leg_id, self._events, job.generation.tenant)
-        leg = _Leg(leg_id, link, asyncio.create_task(_outcome(link, job)))
+        with telemetry.current(self._trace.leg(leg_id, kind, link.info.id)):  # the job carries it
+            leg = _Leg(leg_id, link, asyncio.create_task(_outcome(link, job)))
         self._legs.append(leg)
         return leg
 
@@ -217,10 +224,13 @@ class Attempt:
         if leg is self._prefill:
             self._prefill_pending = False
             leg.link.ended(leg.id)
+            self._trace.leg_over(leg.id)
         elif leg is self._decode and event.finish:
             leg.finished = True
+            self._trace.leg_over(leg.id)
 
     def _take_failure(self, leg: _Leg, error: TandemError) -> None:
+        self._trace.leg_over(leg.id, error.code)
         if leg is self._decode:
             self._failure = error
             if not isinstance(error, Moved):

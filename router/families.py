@@ -38,7 +38,7 @@ SCENARIOS: dict[Scenario, str] = {
     "redis lost": "Redis loses what it has, and is stopped for a while",
     "role changed": "prompts become so many that a decode worker turns to prefill",
     "resized": "the pool grows by a worker and shrinks again, sooner than its requests end",
-    "gpu": "a worker's node has an NVIDIA GPU; the end-to-end test, which needs none, leaves it out",
+    "gpu": "the driver of a worker's node tells of a GPU; the test brings a driver of its own",
 }
 
 

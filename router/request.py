@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from cluster.messages import FinishReason, Sampling
+from cluster.telemetry import INVALID_SPAN, Span
 from router.expectations import OutputLength
 from router.placement import Decision
 
@@ -27,6 +28,7 @@ class Request:
     decisions: list[Decision] = field(default_factory=list, compare=False)  # every one taken for it, in order
     exposed_s: list[float] = field(default_factory=list, compare=False)  # per handoff: waited for when all was computed
     arrival_s: float = field(default_factory=time.monotonic, compare=False)  # monotonic
+    span: Span = field(default=INVALID_SPAN, compare=False)  # what its own are under, where it is traced
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from cluster import telemetry
 from cluster.config import Config
 from cluster.errors import ContextLengthExceeded, Forbidden, InvalidRequest, UnknownModel
 from cluster.messages import Sampling
+from cluster.telemetry import INVALID_SPAN, Span
 from kvstore.hashing import salt, tenant_tag
 from router import chains
 from router.accounts import Account
@@ -45,6 +47,7 @@ class Caller:
     tenant: str
     operator: bool
     request_id: str
+    span: Span = INVALID_SPAN  # where the request is traced
 
 
 class Service:
@@ -129,7 +132,8 @@ class Service:
         entering = Entering(secrets.token_hex(8), caller.tenant, priority, estimate, sequences, ttft_s)
         passage = None
         try:
-            passage = await self._gate.enter(entering)
+            with telemetry.span("queue", caller.span, {"tandem.priority": priority, "tandem.estimate": estimate}):
+                passage = await self._gate.enter(entering)
             yield passage
         except BaseException as error:
             if passage is not None:
@@ -166,7 +170,7 @@ class Service:
             for choice in range(body.choices):
                 sampling = self._sampling(body, room, (seed + choice) & SEED_MASK)
                 name = f"{unique}-{len(plans)}"
-                request = Request(name, tokens, sampling, hash_salt, tag, exact, hashes, arrival_s=arrival_s)
+                request = Request(name, tokens, sampling, hash_salt, tag, exact, hashes, [], [], arrival_s, caller.span)
                 plans.append(Plan(request, self.text.detokenizer(body.stop, sampling.min_tokens), number, echo))
         passage.watch(plan.request.decisions for plan in plans)
         account = Account(self.watch.serve, passage, arrival_s, self._tally, self._recorder)

@@ -53,8 +53,19 @@ class Served:
         """Those that contain that in their names; Ray's actors are called ray::CLASS."""
         return [process for process in marked(self.mark) if called(process, name)]
 
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """By id. One that was lost is in it until its registration has run out, and again when it has come back."""
+        return {worker["id"]: worker for worker in self.status()["workers"]}
+
     def pid(self, worker: str) -> int:
-        return next(w["pid"] for w in self.status()["workers"] if w["id"] == worker)
+        known = self.workers()
+        assert worker in known, f"{worker} is not among {sorted(known)}"
+        return int(known[worker]["pid"])
+
+    def connected(self, *wanted: str) -> bool:
+        """Whether these are, and nobody else is expected."""
+        known = self.workers()
+        return {*wanted} == {*known} and all(worker["connected"] for worker in known.values())
 
     def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, timeout=300, **options)
@@ -152,7 +163,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(mark: str, **more: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TANDEM_", "RAY_", "OMP_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TANDEM_", "RAY_", "OMP_", "OTEL_"))}
     return {**clean, MARK: mark, "COLUMNS": "120", **more}
 
 

@@ -131,6 +131,7 @@ WALL_CLOCK = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow"}
 # of the day that schedules go by, and the clock itself where it is compared with another
 TELLS_THE_TIME = {
     "cluster/controller.py",
+    "cluster/telemetry.py",
     "router/app.py",
     "router/operations.py",
     "router/text.py",

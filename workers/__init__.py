@@ -5,7 +5,7 @@
     computes             runner (the seam)  model_runner  model  batch  segments  cache  rope  sampling;  sim
     in shards            shard  links  process_links  exchange  vocabulary
                          lead  follower  step_plan  control  assembly
-    serves               worker  registration  streams  cache_changes  gpus
+    serves               worker  registration  streams  cache_changes  gpus  tracing
                          transfers  handoffs  tier_link  tier  offload  node_store  tasks  counters
     copies blocks        block_mover (the seam)  all_shards  shard_peers  shard_answers;  shard_blocks (the others' end)
     encodes KV           stored_blocks  quantization

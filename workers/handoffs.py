@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
+from cluster import telemetry
 from cluster.errors import StoreError, TandemError
 from cluster.messages import Handoff
 from cluster.store_messages import BlockKey
+from cluster.telemetry import INVALID_SPAN, Span
 from kvstore.connections import Connections
 from kvstore.reader import HandoffReader
 from kvstore.writer import HandoffWriter
@@ -74,12 +76,13 @@ class Handoffs:
         keys = sequence.keys(0, tokens // size, size) if sequence.exact else [BlockKey(b"", size)] * (tokens // size)
         tenant = sequence.generation.tenant
         try:
-            handoff = await writer.reserve(sequence.transfer_id, keys, tokens, HOLD_MS, tenant)
+            with telemetry.span("handoff reserve", sequence.span, {"tandem.store": self._store.address}):
+                handoff = await writer.reserve(sequence.transfer_id, keys, tokens, HOLD_MS, tenant)
         except asyncio.CancelledError:  # the store may have reserved all the same
             self._spawn(self._quietly(writer.revoke(sequence.transfer_id, "the router gave up")))
             raise
         self._sends[sequence.transfer_id] = asyncio.Queue()
-        self._spawn(self._drain(sequence.transfer_id, writer))
+        self._spawn(self._drain(sequence.transfer_id, writer, sequence.span))
         return handoff
 
     def send(self, send: Send, done: Sent) -> None:
@@ -101,25 +104,30 @@ class Handoffs:
             elif (writer := self._store.writer) is not None:
                 self._spawn(self._quietly(writer.revoke(transfer_id, "the request has ended")))
 
-    async def _drain(self, transfer_id: str, writer: HandoffWriter) -> None:
+    async def _drain(self, transfer_id: str, writer: HandoffWriter, parent: Span) -> None:
         """Everything one transfer sends, in order; after a failure blocks are only let go of."""
-        healthy = True
+        span: Span = INVALID_SPAN
+        healthy, blocks, failure = True, 0, ""
         while True:
             work = await self._sends[transfer_id].get()
+            span = span if span.is_recording() else telemetry.start("handoff write", parent)
+            blocks += len(work[0].blocks) if work else 0
             try:
                 if work is None:
+                    failure = failure or "revoked"
                     await writer.revoke(transfer_id, "the prefill was aborted")
                 elif healthy:
                     await writer.send(transfer_id, work[0].blocks)
                     if work[0].last:
                         await writer.finish(transfer_id, work[0].first_token)
             except TandemError as error:
-                healthy = False
+                healthy, failure = False, error.code
                 log.warning("handoff %s failed, its reader recomputes: %s", transfer_id, error.message)
             finally:
                 if work is not None:
                     self._let_go(*work)
             if work is None or work[0].last:
+                telemetry.end(span, {"tandem.blocks": blocks}, failure)
                 del self._sends[transfer_id]
                 if transfer_id in self._abandoned:
                     self._abandoned.discard(transfer_id)
@@ -170,10 +178,13 @@ class Handoffs:
         handoff, table = sequence.handoff, list(sequence.block_table)
         assert handoff is not None
         timeout_s = max(0.0, sequence.deadline - time.monotonic())
-        try:
-            received = await self._mover.follow(handoff, start, len(sequence.tokens), table, timeout_s)
-        finally:
-            self._reader.release_later(handoff)
+        with telemetry.span("handoff follow", sequence.span, {"tandem.store": handoff.store}) as span:
+            try:
+                received = await self._mover.follow(handoff, start, len(sequence.tokens), table, timeout_s)
+            finally:
+                self._reader.release_later(handoff)
+            about = {"tandem.bytes": received.bytes, "tandem.blocks": received.valid_blocks - start}
+            telemetry.end(span, about, received.error.code if received.error else "")
         self._counters.handoffs_total += 1
         self._counters.handoff_bytes_total += received.bytes
         self._counters.handoff_seconds_total += received.seconds

@@ -16,6 +16,7 @@ from enum import Enum
 
 from cluster.messages import Generation, Handoff
 from cluster.store_messages import BlockKey
+from cluster.telemetry import INVALID_SPAN, Span
 from kvstore.fetcher import Source
 from kvstore.hashing import block_keys
 
@@ -53,6 +54,7 @@ class Sequence:
     repeated: int = 0  # leading blocks of the prompt that this worker was asked for before
     offered: int = 0  # leading blocks that were offered to the store, outside handoffs
     preempted: int = 0
+    span: Span = INVALID_SPAN  # of the job at this worker, where it is traced
 
     def __post_init__(self) -> None:
         self.tokens = [*self.generation.prompt, *self.generation.output]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cluster import telemetry
 from kvstore.connections import Connections
 from kvstore.fetcher import Fetched, Source
 from kvstore.index import Index
@@ -95,7 +96,14 @@ class Tier:
         sequence, layout = order.sequence, self._mover.layout
         began = time.monotonic()
         timeout_s = min(order.timeout_s, max(0.0, sequence.deadline - began))
-        fetched = await self._mover.fetch(order.sources, sequence.hashes, order.table, timeout_s)
+        with telemetry.span("fetch", sequence.span) as span:
+            fetched = await self._mover.fetch(order.sources, sequence.hashes, order.table, timeout_s)
+            about = {
+                "tandem.sources": [f"{source.path} {source.store}" for source in order.sources],
+                "tandem.blocks": order.sources[-1].stop - order.sources[0].start,
+                "tandem.fetched_blocks": fetched.valid_blocks - order.sources[0].start,
+            }
+            telemetry.end(span, about, fetched.error.code if fetched.error else "")
         if fetched.error is not None:
             self._counters.fetch_failures_total += 1
             log.info("%s: %d blocks are there, then: %s", sequence.id, fetched.valid_blocks, fetched.error.message)

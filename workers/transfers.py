@@ -28,6 +28,7 @@ from workers.shard_peers import ShardPeers
 from workers.step import Step
 from workers.stored_blocks import ExactBlocks, StoredBlocks
 from workers.tier_link import TierLink
+from workers.tracing import Traces
 
 OFFLOADING = 2  # at most half of a worker's blocks wait to be written to the store
 
@@ -47,6 +48,7 @@ class Transfers:
     ) -> None:
         runner = engine.runner
         self.counters = Counters()
+        self.traces = Traces(worker_id)
         self._engine = engine
         self._post = post
         idle = asyncio.Event()
@@ -75,6 +77,7 @@ class Transfers:
 
     async def close(self) -> None:
         """After what `work` returned has been cancelled."""
+        self.traces.close()
         await self.handoffs.close()
         for link in self._links.values():
             await link.close()
@@ -85,8 +88,9 @@ class Transfers:
         sequence.locating = True
         self._links[sequence.exact].tier.locate(sequence, self._event(self._engine.located))
 
-    def act(self, step: Step) -> None:
-        """Do what a step asked for."""
+    def act(self, step: Step, began_s: float) -> None:
+        """Do what a step asked for that began then (monotonic)."""
+        self.traces.look(began_s)
         for send in step.sends:
             self.handoffs.send(send, self._event(self._engine.sent))
         for transfer_id in step.revoked:

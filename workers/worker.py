@@ -184,7 +184,7 @@ class Worker:
                 rates = self._rates() if now - rates_at >= RATES_S else None
                 rates_at = now if rates else rates_at
                 self._loop.call_soon_threadsafe(self._streams.act, step, load, rates)
-                self._loop.call_soon_threadsafe(self._transfers.act, step)
+                self._loop.call_soon_threadsafe(self._transfers.act, step, now)
         except Exception:  # the actor's outermost loop: crash, be restarted
             log.exception("the engine failed; this worker ends and its requests go elsewhere")
             os._exit(70)
@@ -244,15 +244,16 @@ class Worker:
             raise InvalidRequest(f"token ids must be within 0 and {self._vocab_size - 1}")
         extend(sequence.hashes, sequence.root, sequence.tokens, self._settings.config.block_size)
         handoff = None
-        match message.job:
-            case PrefillJob():
-                handoff = await self._reserve(sequence)
-            case DecodeJob(handoff=source) if source is not None:
-                sequence.handoff = source
-                self._transfers.handoffs.expect(sequence)
-        if sequence.handoff is None:
-            self._transfers.locate(sequence)
-        self._post(partial(self._engine.add, sequence))
+        with self._transfers.traces.accepting(sequence, message.job):
+            match message.job:
+                case PrefillJob():
+                    handoff = await self._reserve(sequence)
+                case DecodeJob(handoff=source) if source is not None:
+                    sequence.handoff = source
+                    self._transfers.handoffs.expect(sequence)
+            if sequence.handoff is None:
+                self._transfers.locate(sequence)
+            self._post(partial(self._engine.add, sequence))
         return handoff
 
     async def _reserve(self, sequence: Sequence) -> Handoff:

@@ -16,8 +16,20 @@ import psutil
 import pytest
 
 from tests.e2e.oracle import greedy
-from tests.serving import MARK, Completion, Served, called, command, environment, marked, serving, wait_until
+from tests.serving import (
+    MARK,
+    START_S,
+    Completion,
+    Served,
+    called,
+    command,
+    environment,
+    marked,
+    serving,
+    wait_until,
+)
 
+BOTH = ("prefill-0", "decode-0")
 TOKEN_BYTES = 46_080  # SmolLM2 in fp32: 30 layers x 2 x 3 heads x 64 x 4 bytes
 
 
@@ -129,8 +141,9 @@ def test_a_killed_worker_loses_no_request_and_comes_back(small: Served, tiny: Pa
         results = [future.result(timeout=120) for future in futures]
     for (prompt, new), result in zip(cases, results, strict=True):
         assert result.tokens == greedy(tiny, prompt, new)
-    back = lambda: all(w["connected"] for w in small.status()["workers"]) and small.pid(victim) != before  # noqa: E731
-    wait_until(back, 60, lambda: str(small.status()))
+    # its old registration runs out after 10 s, and then it is not listed until the new process registers
+    back = lambda: small.connected(*BOTH) and small.pid(victim) != before  # noqa: E731
+    wait_until(back, START_S, lambda: str(small.status()))
     assert small.complete([5, 6, 7], 8, ignore_eos=True).tokens == greedy(tiny, (5, 6, 7), 8)
     small.assert_no_leaks()
 
@@ -184,14 +197,14 @@ def test_a_killed_router_ends_its_streams_leaks_nothing_and_comes_back(small: Se
 def test_a_hung_worker_loses_no_request(small: Served, tiny: Path, victim: str) -> None:
     """SIGSTOP: no connection breaks, so only silence gives it away."""
     prompt = tuple(random.Random(victim).randrange(10, 400) for _ in range(1500))
-    wait_until(lambda: all(w["connected"] for w in small.status()["workers"]), 60)
+    wait_until(lambda: small.connected(*BOTH), START_S)
     pid = small.pid(victim)
     os.kill(pid, signal.SIGSTOP)
     try:
         assert small.complete(list(prompt), 30, ignore_eos=True).tokens == greedy(tiny, prompt, 30)
     finally:
         os.kill(pid, signal.SIGCONT)
-    wait_until(lambda: all(w["connected"] for w in small.status()["workers"]), 60)
+    wait_until(lambda: small.connected(*BOTH), START_S)
     assert small.complete([5, 6, 7], 8, ignore_eos=True).tokens == greedy(tiny, (5, 6, 7), 8)
     small.assert_no_leaks()
 
