@@ -74,7 +74,8 @@ class WorkerSettings:
 class Worker:
     """`approximate`: how blocks are in the stores of approximate KV; None where there are none, and all KV is exact.
     `shard_pids`: the processes of all its ranks, where there are others than this one.
-    `began`: when this process did, on its monotonic clock; how long starting takes is counted from there."""
+    `began`: when this process did, on its monotonic clock; how long starting takes is counted from there.
+    `prior`: of the engine's performance model."""
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class Worker:
         approximate: StoredBlocks | None = None,
         shard_pids: tuple[int, ...] = (),
         began: float | None = None,
+        prior: Rates | None = None,
     ) -> None:
         config = settings.config
         self._began = time.monotonic() if began is None else began
@@ -97,6 +99,7 @@ class Worker:
             max_sequences=config.max_sequences,
             max_context=settings.max_context,
             stored=approximate.layout if approximate else None,
+            prior=prior,
         )
         self._vocab_size = runner.vocab_size
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
