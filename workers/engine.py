@@ -35,8 +35,7 @@ from workers.step import BlockFetch, Offload, Send, Step
 
 
 class Engine:
-    """`stored` is how blocks of approximate sequences are laid out in their stores, where there are such. `prior`: what
-    steps are thought to take until they were measured; None: what they do on a machine that nothing is known about."""
+    """`stored` is how blocks of approximate sequences are laid out in their stores, where there are such."""
 
     def __init__(
         self,
@@ -46,7 +45,7 @@ class Engine:
         max_sequences: int,
         max_context: int,
         stored: Layout | None = None,
-        prior: Rates | None = None,
+        prior: Rates | None = None,  # of the performance model; None: of a machine that nothing is known about
     ) -> None:
         self.runner = runner
         self._layouts = {True: runner.layout, False: stored or runner.layout}  # sequence is exact -> its stores'

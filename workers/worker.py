@@ -74,8 +74,7 @@ class WorkerSettings:
 class Worker:
     """`approximate`: how blocks are in the stores of approximate KV; None where there are none, and all KV is exact.
     `shard_pids`: the processes of all its ranks, where there are others than this one.
-    `began`: when this process did, on its monotonic clock; how long starting takes is counted from there.
-    `prior`: of the engine's performance model."""
+    `began`: when this process did, on its monotonic clock; how long starting takes is counted from there."""
 
     def __init__(
         self,
@@ -84,7 +83,7 @@ class Worker:
         approximate: StoredBlocks | None = None,
         shard_pids: tuple[int, ...] = (),
         began: float | None = None,
-        prior: Rates | None = None,
+        prior: Rates | None = None,  # of the engine's performance model
     ) -> None:
         config = settings.config
         self._began = time.monotonic() if began is None else began

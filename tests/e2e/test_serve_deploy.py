@@ -6,6 +6,7 @@ Only what is a machine's is changed in the file: ports, and simulated workers.
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -39,12 +40,17 @@ class Ray:
     process: subprocess.Popen[bytes]
     mark: str
 
-    def serve(self, *arguments: str) -> str:
-        """Ray's own command, with its output."""
+    def serve(self, *arguments: str) -> None:
+        """Ray's own command."""
         command = [*MODULE, "ray.serve.scripts", *arguments, "--address", self.dashboard]
-        run = subprocess.run(command, env=environment(self.mark, **OPEN), capture_output=True, text=True, timeout=60)
+        run = subprocess.run(command, env=environment(self.mark, **OPEN), capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stdout + run.stderr
-        return run.stdout
+
+    def state(self) -> str:
+        """Of the application, in Serve's words; with its message when it is not well."""
+        with urllib.request.urlopen(f"{self.dashboard}/api/serve/applications/", timeout=10) as response:
+            application = json.load(response)["applications"]["tandem"]
+        return str(application["status"]) + str(application["message"])
 
     def actors(self, name: str = "") -> set[int]:
         """Processes of ours in this cluster: Serve's replicas, workers, stores."""
@@ -106,20 +112,20 @@ def test_an_application_starts_answers_comes_back_and_goes(tiny: Path, tmp_path:
         began = time.monotonic()
         ray.serve("deploy", str(file))
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: answers(f"{url}/ready"), START_S, lambda: ray.serve("status"))
+        wait_until(lambda: answers(f"{url}/ready"), START_S, ray.state)
         served = Served(url, ray.process, ray.mark, file, time.monotonic() - began)
-        wait_until(lambda: len(alive(served)) == 2, START_S, lambda: ray.serve("status"))
+        wait_until(lambda: len(alive(served)) == 2, START_S, ray.state)
         assert {worker["id"] for worker in served.status()["workers"]} == {"prefill-0", "decode-0"}
         first = served.complete([5, 6, 7], 20, ignore_eos=True).tokens
         assert len(first) == 20
         served.assert_no_leaks()
-        wait_until(lambda: "RUNNING" in ray.serve("status"), 30)
+        wait_until(lambda: ray.state() == "RUNNING", 60)
 
         (keeper,) = ray.actors("ServeReplica:tandem:keeper")
         workers, (store,) = alive(served), [store["id"] for store in served.status()["stores"]]
         psutil.Process(keeper).kill()
         wait_until(lambda: not workers & ray.actors("WorkerActor"), 60)  # Ray ends them with the one that made them
-        wait_until(lambda: len(alive(served) - workers) == 2, START_S, lambda: ray.serve("status"))
+        wait_until(lambda: len(alive(served) - workers) == 2, START_S, ray.state)
         assert served.complete([5, 6, 7], 20, ignore_eos=True).tokens == first
 
         assert arenas(store)
