@@ -76,7 +76,8 @@ MODELS = {
     "Llama-3-70B": ModelShape(80, 8192, 64, 8, 128, 28_672, 128_256),
     "Qwen3-32B": ModelShape(64, 5120, 64, 8, 128, 25_600, 151_936),
 }
-GPUS = {  # by the names that drivers have for them
+# data sheets, by the names that drivers have; only the H100 and H200 were held against published step times
+GPUS = {
     "A10G": Gpu({2: 70e12, 1: 70e12}, 0.6e12, 24e9, 25e9, 12.5e9, 25e9),  # no NVLink: sums go over PCIe
     "A100": Gpu({2: 312e12, 1: 312e12}, 2.04e12, 80e9, 300e9, 25e9, 25e9),  # no fp8 arithmetic: unpacked to bfloat16
     "B200": Gpu({2: 2250e12, 1: 4500e12}, 8e12, 180e9, 900e9, 50e9, 52e9),

@@ -22,10 +22,10 @@ from cluster.config import Config
 from cluster.errors import StartupError
 from cluster.messages import Role
 from cluster.roofline import GPUS, MEMORY_USED, RESERVE_BYTES, find
-from deploy.node_roles import GPU_LABEL, NVLINK_LABEL, Node, Pin, pinned
+from deploy.node_roles import GPU_LABEL, MEMORY_LABEL, NVLINK_LABEL, Node, Pin, pinned
 
 GB = 1e9
-MOST_RANKS = 64  # of a tensor group, as far as suggestions go
+MOST_STAGES = 64  # that are suggested
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,12 @@ class Place:
     types: tuple[str, ...] = ()  # of GPUs, for the first workers
     fitting: tuple[str, ...] = ()  # for later ones
     links: tuple[str, ...] = ()
+    memories: tuple[str, ...] = ()
 
     def selector(self, first: bool) -> dict[str, str]:
         """In Ray's words."""
-        wanted = {GPU_LABEL: self.types if first else self.fitting, NVLINK_LABEL: self.links}
+        types = self.types if first else self.fitting
+        wanted = {GPU_LABEL: types, NVLINK_LABEL: self.links, MEMORY_LABEL: self.memories}
         return {label: _any_of(values) for label, values in wanted.items() if values}
 
 
@@ -110,7 +112,8 @@ def _choose(
                 _take(takers, free, tp, count * pp)
                 types = [name for name in fitting if name in {nodes[index].gpu for index in takers}]
                 links = _links(nodes, takers, large, tp) if among is linked else ()
-                return Place(_narrowed(types, present), _narrowed(fitting, present), links)
+                memories = _memories(there, [nodes[index] for index in large])
+                return Place(_narrowed(types, present), _narrowed(fitting, present), links, memories)
     raise StartupError(_no_room(role, count, tp, pp, nodes, large, free, pin))
 
 
@@ -146,6 +149,14 @@ def _links(nodes: Sequence[Node], takers: Sequence[int], large: Sequence[int], t
     return tuple(map(str, sorted({nodes[index].linked for index in takers})))
 
 
+def _memories(there: Sequence[Node], large: Sequence[Node]) -> tuple[str, ...]:
+    """The label's values that are good enough; none where types tell who is large enough, as an A100 alone does not."""
+    names = {node.gpu for node in large}
+    if not any(node.gpu in names and node not in large for node in there):
+        return ()
+    return tuple(map(str, sorted({int(node.gpu_memory // 2**30) for node in large if node.gpu_memory})))
+
+
 def _narrowed(types: Sequence[str], there: Iterable[str]) -> tuple[str, ...]:
     """None where it would not narrow anything: a node group of an autoscaler need not carry the label then."""
     return () if set(types) >= set(there) or "" in types else tuple(types)
@@ -176,7 +187,7 @@ def _too_small(role: Role, tp: int, pp: int, needs: Needs, there: Sequence[Node]
     ][:1]
     ways += [
         f"--{setting}-pp {more}"
-        for more in range(pp + 1, MOST_RANKS + 1)
+        for more in range(pp + 1, MOST_STAGES + 1)
         if any(node.gpus >= tp and needs.fits(memory(node), tp, more) for node in there)
     ][:1]
     room = MEMORY_USED * max(map(memory, there)) - RESERVE_BYTES - needs.weights / (tp * pp)

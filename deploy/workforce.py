@@ -98,7 +98,8 @@ class Workforce:
 
     def start_first(self) -> None:
         """Those of the configuration; returns when all have a place and load. Raises StartupError."""
-        for role, count in self._config.roles:
+        # who may be on few types of GPU goes before who may be on many, and would take those
+        for role, count in sorted(self._config.roles, key=lambda each: self._choice(each[0])):
             for index in range(count):
                 self._start(f"{role}-{index}", role, first=True)
         while any(post.process is None for post in self.posts()):
@@ -170,6 +171,11 @@ class Workforce:
     def _advance_or_raise(self) -> None:
         for error in self.advance().failed:
             raise error
+
+    def _choice(self, role: Role) -> float:
+        """Of how many types of GPU its first workers may be."""
+        place = self._places.get(role)
+        return len(place.types) if place and place.types else math.inf
 
     def _start(self, worker_id: str, role: Role, first: bool) -> str:
         """Ask for room for all its shards: each stage's tensor group on one node, the stages as close as may be."""

@@ -5,12 +5,13 @@ import pytest
 from cluster.config import Config
 from cluster.errors import StartupError
 from deploy.hardware import Needs, Place, choose, described
-from deploy.node_roles import GPU_LABEL, NVLINK_LABEL, Node
+from deploy.node_roles import GPU_LABEL, MEMORY_LABEL, NVLINK_LABEL, Node
 from deploy.placement import bundles
 
 GIB = 2**30
 H200 = Node(192, gpus=8, gpu="H200", gpu_memory=140 * GIB, linked=8)  # switches connect all of them
 H100 = Node(192, gpus=8, gpu="H100", gpu_memory=79 * GIB, linked=8)
+A100_40, A100_80 = (Node(64, gpus=8, gpu="A100", gpu_memory=gib * GIB, linked=8) for gib in (39, 79))
 H100_PCIE = Node(64, gpus=4, gpu="H100", gpu_memory=79 * GIB, linked=1)
 H100_PAIRS = Node(64, gpus=4, gpu="H100", gpu_memory=79 * GIB, linked=2)  # bridges connect two and two
 L40S = Node(64, gpus=4, gpu="L40S", gpu_memory=44 * GIB, linked=1)
@@ -68,6 +69,12 @@ def test_where_roles_go(
     assert chosen == {"prefill": prefill, "decode": decode}
 
 
+def test_a_type_of_two_sizes_is_told_apart_by_memory() -> None:
+    config = Config(prefill=0, decode_tp=4)
+    assert choose(config, LLAMA_70B, [A100_40, A100_80]) == {"both": Place(memories=("79",))}
+    assert choose(config, LLAMA_8B, [A100_40, A100_80]) == {"both": Place()}
+
+
 def test_workers_that_do_both_take_what_is_good_for_decode() -> None:
     assert choose(Config(prefill=0, decode=2), LLAMA_8B, [L40S, H200]) == {"both": Place(("H200",))}
 
@@ -122,9 +129,10 @@ def test_what_ray_is_asked() -> None:
     config = Config(prefill_tp=4, prefill_pp=2, threads=3)
     assert bundles(config, "prefill", gpus=1) == [{"CPU": 12.0, "GPU": 4.0}] * 2
     assert Place().selector(first=True) == {}
-    place = Place(("L40S",), ("H200", "L40S"), ("8",))
-    assert place.selector(first=True) == {GPU_LABEL: "L40S", NVLINK_LABEL: "8"}
-    assert place.selector(first=False) == {GPU_LABEL: "in(H200,L40S)", NVLINK_LABEL: "8"}
+    place = Place(("L40S",), ("H200", "L40S"), ("8",), ("44", "140"))
+    same = {NVLINK_LABEL: "8", MEMORY_LABEL: "in(44,140)"}
+    assert place.selector(first=True) == {GPU_LABEL: "L40S", **same}
+    assert place.selector(first=False) == {GPU_LABEL: "in(H200,L40S)", **same}
 
 
 def test_ray_understands_what_it_is_asked() -> None:
