@@ -79,9 +79,11 @@ def ray_cluster(**more: str) -> Iterator[Ray]:
             yield made
         finally:
             head.terminate()
-            head.wait(30)
-            for straggler in marked(mark):
-                straggler.kill()
+            try:
+                head.wait(60)
+            finally:
+                for straggler in marked(mark):
+                    straggler.kill()
 
 
 def answers(url: str) -> bool:
@@ -122,6 +124,7 @@ def test_an_application_starts_answers_comes_back_and_goes(tiny: Path, tmp_path:
         wait_until(lambda: ray.state() == "RUNNING", 60)
 
         (keeper,) = ray.actors("ServeReplica:tandem:keeper")
+        wait_until(lambda: len(served.status()["stores"]) == 1, 30, lambda: str(served.status()))
         workers, (store,) = alive(served), [store["id"] for store in served.status()["stores"]]
         psutil.Process(keeper).kill()
         wait_until(lambda: not workers & ray.actors("WorkerActor"), 60)  # Ray ends them with the one that made them
