@@ -8,6 +8,7 @@ replaces all of it. It knows dense transformers with grouped-query attention, an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -75,15 +76,21 @@ MODELS = {
     "Llama-3-70B": ModelShape(80, 8192, 64, 8, 128, 28_672, 128_256),
     "Qwen3-32B": ModelShape(64, 5120, 64, 8, 128, 25_600, 151_936),
 }
+# data sheets, by the names that drivers have; only the H100 and H200 were held against published step times
 GPUS = {
+    "A10G": Gpu({2: 70e12, 1: 70e12}, 0.6e12, 24e9, 25e9, 12.5e9, 25e9),  # no NVLink: sums go over PCIe
     "A100": Gpu({2: 312e12, 1: 312e12}, 2.04e12, 80e9, 300e9, 25e9, 25e9),  # no fp8 arithmetic: unpacked to bfloat16
+    "B200": Gpu({2: 2250e12, 1: 4500e12}, 8e12, 180e9, 900e9, 50e9, 52e9),
     "H100": Gpu({2: 989e12, 1: 1979e12}, 3.35e12, 80e9, 450e9, 50e9, 52e9),
+    "H20": Gpu({2: 148e12, 1: 296e12}, 4.0e12, 96e9, 450e9, 50e9, 52e9),
     "H200": Gpu({2: 989e12, 1: 1979e12}, 4.8e12, 141e9, 450e9, 50e9, 52e9, 0.96),
+    "L4": Gpu({2: 121e12, 1: 242e12}, 0.3e12, 24e9, 25e9, 12.5e9, 25e9),
+    "L40S": Gpu({2: 362e12, 1: 733e12}, 0.864e12, 48e9, 25e9, 12.5e9, 25e9),
 }
 
 
 def prior(model: ModelShape, gpu: str, tp: int, pp: int, dtype: str, step_tokens: int) -> Rates:
-    """Coefficients through a few steps of the full model. `gpu` is any device name that contains one of GPUS, as
+    """Coefficients through a few steps of the full model. `gpu` is any device name that has one of GPUS as a word, as
     drivers give it; of others, of CPUs and of other dtypes nothing is known but PRIOR. A step has passed all stages."""
     known = find(gpu)
     if known is None or dtype not in ITEM_BYTES:
@@ -141,7 +148,8 @@ def kv_tokens(model: ModelShape, gpu: Gpu, tp: int, pp: int, dtype: str) -> int:
 
 
 def find(device: str) -> Gpu | None:
-    return next((gpu for name, gpu in GPUS.items() if name in device), None)
+    """By the name alone, as a word: an L4 is no L40S."""
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
 def _matrices_s(model: ModelShape, gpu: Gpu, tp: int, size: int, tokens: int) -> float:

@@ -123,6 +123,7 @@ class WorkerActor(Actor):
             place = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=rank // tp)
             actor = ray.remote(ShardActor).options(
                 num_cpus=config.threads,
+                num_gpus=int(bool(ray.get_gpu_ids())),  # as this rank, which has one or none
                 max_restarts=0,
                 runtime_env=runtime_environment(config),
                 scheduling_strategy=place,

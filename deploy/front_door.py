@@ -12,11 +12,12 @@ from router.app import create_app
 from router.settings import RouterSettings
 
 HEAD_NODE = "node:__internal_head__"  # a resource that Ray gives to the head and to no other node
+ON_THE_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE: 0.001}}
 
 
-def application(config: Config, settings: RouterSettings) -> Any:
+def application(config: Config, settings: RouterSettings, *beside: Any) -> Any:
     """Admission is ours (OpenAI-shaped 429s), so Serve's own queue limit must never be hit. On the head, which outlives
-    all other nodes."""
+    all other nodes. `beside`: further deployments, bound, that start and end with the router; it does not call them."""
 
     def build() -> Any:
         logs.configure()
@@ -30,5 +31,5 @@ def application(config: Config, settings: RouterSettings) -> Any:
         num_replicas=1,
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=5.0,
-        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
-    )(ingress).bind()
+        ray_actor_options=ON_THE_HEAD,
+    )(ingress).bind(*beside)

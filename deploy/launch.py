@@ -10,7 +10,6 @@ everything that was started before it is stopped.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -26,26 +25,19 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster import telemetry
 from cluster.config import Config
 from cluster.controller import Controller, running
 from cluster.errors import StartupError
-from cluster.identity import Identity
 from cluster.messages import StoreInfo, WorkerInfo
-from cluster.scaling_policies import policy
-from deploy import disk_tier, front_door, placement
+from deploy import front_door, gpu_labels, placement
+from deploy.blueprint import blueprint
 from deploy.environment import LOOPBACK, free_range, starts_ray
 from deploy.managed_cluster import ManagedCluster
 from deploy.models import ResolvedModel
 from deploy.node_roles import Node
 from deploy.process import LOGS
-from deploy.served_model import block_layout, max_context, model_key, model_sizes
-from deploy.store_sets import store_sets
 from deploy.workforce import Report, Workforce
 from kvstore.redis_server import EmbeddedRedis, ping
-from router.settings import RouterSettings
-from workers.architecture import load_architecture
-from workers.worker import WorkerSettings
 
 HEALTH_S = 60.0
 POLL_S = 0.1
@@ -86,14 +78,7 @@ def check_port(host: str, port: int) -> int:
 @contextlib.contextmanager
 def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator[Running]:
     """Everything up on entry, everything down on exit. `config` is resolved. Raises StartupError."""
-    architecture = load_architecture(model.directory)
-    context = max_context(config, architecture)
-    placement.check_model(config, model_sizes(config, architecture))
-    policy(config.autoscaling)  # one that there is not should be found out now
-    telemetry.check()
     port = check_port(config.host, config.port)
-    disk = disk_tier.folder(config)
-    secret = disk_tier.cluster_secret(config, disk)
     with contextlib.ExitStack() as stack:
         redis = None
         if config.redis_url:
@@ -102,6 +87,7 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
             report("starting Redis", 0.0)
             redis = stack.enter_context(contextlib.closing(EmbeddedRedis()))
         redis_url = redis.url if redis else config.redis_url
+        made = blueprint(config, model, redis_url, LOOPBACK if starts_ray() else "")
         report("starting Ray", 0.0)
         stack.enter_context(_ray(config))
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -109,40 +95,21 @@ def deployment(config: Config, model: ResolvedModel, report: Report) -> Iterator
         if (len(nodes) > 1 or grows) and not config.redis_url:
             raise StartupError("several nodes need a Redis that all of them reach; give one with --redis-url")
         _check_head(nodes)
-        placement.check_nodes(config, [Node.of(node) for node in nodes])
-        key = model_key(config, model.directory)
-        # deployments with different secrets cannot talk, so they must not find each other in a shared Redis either
-        namespace = hashlib.sha256(f"{key.namespace}/{secret}".encode()).hexdigest()[:16]
-        identity = Identity(namespace, redis_url, secret, LOOPBACK if starts_ray() else "")
-        layout = block_layout(config, architecture)
-        sets = store_sets(config, layout, identity, disk)
-        template = WorkerSettings("", "both", key, context, identity, config)
-        workforce = Workforce(template, model.directory, sets)
+        places = placement.places(config, made.needs, [Node.of(node) for node in nodes])
+        workforce = Workforce(made.template, made.model, made.stores, places)
         stack.callback(workforce.close)
         workforce.start_first()
         report("starting the HTTP front door", 0.0)
         stack.callback(_stop_serve)
         _start_serve(config.host, port)
         workers, stores = workforce.await_ready(report)
-        settings = RouterSettings(
-            model_directory=str(model.directory),
-            served_model_name=config.served_model_name or model.name,
-            namespace=namespace,
-            cluster_secret=secret,
-            redis_url=redis_url,
-            max_context=context,
-            vocab_size=architecture.vocab_size,
-            eos_token_ids=architecture.eos_token_ids,
-            model_key=key,
-            store_namespaces=tuple(kind.identity.namespace for kind in sets),
-        )
         report("starting the router", 0.0)
-        serve.run(front_door.application(config, settings), name="tandem", route_prefix="/")
+        serve.run(front_door.application(config, made.router), name="tandem", route_prefix="/")
         url = f"http://{config.host}:{port}"
         _await_health(url)
-        cluster = ManagedCluster(workforce, identity, config)
-        stack.enter_context(running(Controller(cluster, placement.spec(config), namespace)))
-        yield Running(url, settings.served_model_name, workers, stores, redis)
+        cluster = ManagedCluster(workforce, made.identity, config)
+        stack.enter_context(running(Controller(cluster, placement.spec(config), made.identity.namespace)))
+        yield Running(url, made.router.served_model_name, workers, stores, redis)
 
 
 @contextlib.contextmanager
@@ -156,6 +123,7 @@ def _ray(config: Config) -> Iterator[None]:
             "num_cpus": max(os.cpu_count() or 1, needed),
             "object_store_memory": 80 * 2**20,  # Ray's minimum: no KV and no tokens ever pass through it
             "_node_ip_address": LOOPBACK,
+            "labels": gpu_labels.labels() or None,
         }
     address = os.environ.get("RAY_ADDRESS", "local")
     try:

@@ -2,7 +2,7 @@
 
 The tensor parallel ranks of one pipeline stage, a tensor group, exchange sums several times per layer: they must be on
 one node. Stages pass activations on once a step and may be on different ones. One CPU per thread of every shard.
-Which nodes a worker may be on is said in `deploy/node_roles.py`.
+Which nodes a worker may be on is said in `deploy/node_roles.py`, on which GPUs in `deploy/hardware.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cluster.config import Config
 from cluster.errors import ModelError, StartupError
 from cluster.messages import Role
 from cluster.pools import Spec
+from deploy.hardware import Needs, Place, choose
 from deploy.node_roles import ROLE_LABEL, Node, pinned
 from workers.shard import Sizes, check
 
@@ -28,6 +29,15 @@ def check_model(config: Config, sizes: Sizes) -> None:
         except ModelError as error:
             setting = _setting(role)
             raise ModelError(f"--{setting}-tp {tp} --{setting}-pp {pp}: {error.message}") from None
+
+
+def places(config: Config, needs: Needs | None, nodes: Sequence[Node]) -> dict[Role, Place]:
+    """Roles that compute on GPUs -> which. `nodes`: those that are alive; `needs`: None where GPUs are of no use.
+
+    Raises StartupError when the nodes cannot hold the first workers.
+    """
+    check_nodes(config, nodes)
+    return choose(config, needs, nodes)
 
 
 def check_nodes(config: Config, nodes: Sequence[Node]) -> None:
@@ -93,10 +103,12 @@ def spec(config: Config) -> Spec:
     )
 
 
-def bundles(config: Config, role: Role) -> list[dict[str, float]]:
-    """Pipeline stage -> the resources of its tensor group, in Ray's words. A bundle is on one node."""
+def bundles(config: Config, role: Role, gpus: int = 0) -> list[dict[str, float]]:
+    """Pipeline stage -> the resources of its tensor group, in Ray's words. A bundle is on one node. `gpus`: of each
+    shard."""
     tp, pp = config.grid(role)
-    return [{"CPU": float(tp * config.threads)} for _ in range(pp)]
+    room = {"CPU": float(tp * config.threads)} | ({"GPU": float(tp * gpus)} if gpus else {})
+    return [dict(room) for _ in range(pp)]
 
 
 def _allowed(role: Role, tp: int, threads: int, largest: int) -> str:

@@ -35,7 +35,7 @@ Results = dict[Pools, dict[str, Any]]
 def plan(
     trace: Annotated[str, typer.Option(help="a trace file, or a text such as poisson:rate=5,input=1000")],
     model: Annotated[str, typer.Option(help="Llama-3-8B, Llama-3-70B or Qwen3-32B")] = "Llama-3-70B",
-    gpu: Annotated[str, typer.Option(help="A100, H100 or H200")] = "H100",
+    gpu: Annotated[str, typer.Option(help="A10G, A100, B200, H100, H20, H200, L4 or L40S")] = "H100",
     dtype: Annotated[str, typer.Option(help="of the weights: bfloat16 or fp8")] = "bfloat16",
     ttft_slo: Annotated[float, typer.Option(min=0.001, help="seconds")] = 5.0,
     itl_slo: Annotated[float, typer.Option(min=0.001, help="seconds")] = 0.05,

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from cluster.config import Config
 from cluster.errors import StartupError
+from cluster.roofline import ModelShape
+from deploy.hardware import Needs
 from kvstore.hashing import ModelKey
 from kvstore.layout import Layout
-from workers.architecture import Architecture, sizes
+from workers.architecture import ITEMSIZE, Architecture, sizes
 from workers.architecture import layout as model_layout
 from workers.digest import weights_digest
 from workers.shard import Sizes
@@ -46,3 +48,30 @@ def max_context(config: Config, architecture: Architecture) -> int:
             f"max_context {config.max_context} is above the model's {architecture.max_context}; lower --max-context"
         )
     return config.max_context or architecture.max_context
+
+
+def model_shape(architecture: Architecture) -> ModelShape:
+    """As the performance model's prior wants it."""
+    a = architecture
+    return ModelShape(
+        layers=a.num_layers,
+        hidden=a.hidden_size,
+        heads=a.num_heads,
+        kv_heads=a.num_kv_heads,
+        head_dim=a.head_dim,
+        mlp=a.intermediate_size,
+        vocab=a.vocab_size,
+    )
+
+
+def gpu_needs(config: Config, architecture: Architecture, context: int) -> Needs | None:
+    """What its shards need of GPUs. None: the simulator needs none."""
+    if config.runner == "sim":
+        return None
+    shape, size = model_shape(architecture), ITEMSIZE[config.dtype]
+    return Needs(
+        weights=shape.parameters * size,
+        kv_token=2 * shape.layers * shape.kv_heads * shape.head_dim * size,
+        kv_heads=shape.kv_heads,
+        context=context,
+    )

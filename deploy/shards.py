@@ -16,7 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from deploy.served_model import model_sizes
+import torch
+
+from cluster.messages import Rates
+from cluster.roofline import prior
+from deploy.served_model import model_shape, model_sizes
 from workers.architecture import load_architecture
 from workers.assembly import join, load
 from workers.control import ControlListener
@@ -47,6 +51,7 @@ class Assembled:
     runner: Runner
     shard_pids: tuple[int, ...]  # rank -> process
     rendezvous: Rendezvous | None = None  # of several shards; to be kept for as long as they are linked
+    prior: Rates | None = None  # what its steps should take; None: nothing is known about where it computes
 
     def worker(self, settings: WorkerSettings, began: float | None = None) -> Worker:
         """The service around it, yet to be started. `began`: when this process did, if not now."""
@@ -54,7 +59,7 @@ class Assembled:
         if settings.config.kv_quantization == "int8":
             codec = Int8Codec(self.runner.shard.part(self.runner.layout))
             approximate = EncodedBlocks(self.runner, codec)
-        return Worker(self.runner, settings, approximate, self.shard_pids, began)
+        return Worker(self.runner, settings, approximate, self.shard_pids, began, self.prior)
 
 
 def assemble(
@@ -66,7 +71,8 @@ def assemble(
     """Raises what the first shard that cannot serve raised, or StartupError when one does not join or load in time."""
     tp, pp = settings.config.grid(settings.role)
     if tp * pp == 1:
-        return Assembled(build_stage(settings, model, 0, progress=progress), (os.getpid(),))
+        alone = build_stage(settings, model, 0, progress=progress)
+        return Assembled(alone, (os.getpid(),), prior=_prior(settings, model))
     identity = settings.identity
     with contextlib.closing(ControlListener(identity.host, identity.secret)) as listener:
         pids = start(listener.address)
@@ -75,7 +81,7 @@ def assemble(
     build = partial(build_stage, settings, model, 0, progress=progress)
     stage, peers = load(controls, rendezvous.address, build, LOAD_S)
     lead = Lead(stage, controls, peers, settings.config.step_timeout)
-    return Assembled(lead, (os.getpid(), *pids), rendezvous)
+    return Assembled(lead, (os.getpid(), *pids), rendezvous, _prior(settings, model))
 
 
 def follow(settings: WorkerSettings, model: Path, rank: int, address: str) -> NoReturn:
@@ -116,6 +122,15 @@ def build_stage(
         shard=shard,
         links=links,
     )
+
+
+def _prior(settings: WorkerSettings, model: Path) -> Rates | None:
+    """Of a worker whose first stage is built: a process that computes on CPUs has never touched CUDA."""
+    if not torch.cuda.is_initialized():
+        return None
+    config = settings.config
+    shape, (tp, pp) = model_shape(load_architecture(model)), config.grid(settings.role)
+    return prior(shape, torch.cuda.get_device_name(), tp, pp, config.dtype, config.token_budget)
 
 
 def _sim(settings: WorkerSettings, model: Path, shard: Shard, links: Links) -> SimRunner:

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from cluster.messages import Role, StoreInfo, WorkerInfo
 from cluster.pools import State
 from deploy import node_roles, placement
 from deploy.actors import WorkerActor, runtime_environment
+from deploy.hardware import Place
 from deploy.node_stores import NodeStores
 from deploy.process import Process, end
 from deploy.store_sets import StoreSet
@@ -81,29 +82,33 @@ class Progress:
 
 
 class Workforce:
-    """`template`: the settings of every worker but for id and role. `sets`: the stores of a node. For one thread at a
-    time."""
+    """`template`: the settings of every worker but for id and role. `sets`: the stores of a node. `places`: which GPUs
+    a role computes on; one that is not there computes on CPUs. For one thread at a time."""
 
-    def __init__(self, template: WorkerSettings, model: Path, sets: Sequence[StoreSet]) -> None:
+    def __init__(
+        self, template: WorkerSettings, model: Path, sets: Sequence[StoreSet], places: Mapping[Role, Place]
+    ) -> None:
         self.stores = NodeStores(template.config, sets)
         self._template = template
         self._config = template.config
         self._model = model
+        self._places = places
         self._posts: dict[str, Post] = {}
         self._number = 0  # of the next worker: ids are never used twice
 
     def start_first(self) -> None:
         """Those of the configuration; returns when all have a place and load. Raises StartupError."""
-        for role, count in self._config.roles:
+        # who may be on few types of GPU goes before who may be on many, and would take those
+        for role, count in sorted(self._config.roles, key=lambda each: self._choice(each[0])):
             for index in range(count):
-                self._start(f"{role}-{index}", role, PLACE_S)
+                self._start(f"{role}-{index}", role, first=True)
         while any(post.process is None for post in self.posts()):
             self._advance_or_raise()
             time.sleep(POLL_S)
 
     def start_worker(self, role: Role) -> str:
         """One more. Returns its id, which says no role: that may change."""
-        return self._start(f"worker-{self._number}", role, RENT_S)
+        return self._start(f"worker-{self._number}", role, first=False)
 
     def posts(self) -> list[Post]:
         return list(self._posts.values())
@@ -167,18 +172,27 @@ class Workforce:
         for error in self.advance().failed:
             raise error
 
-    def _start(self, worker_id: str, role: Role, place_s: float) -> str:
+    def _choice(self, role: Role) -> float:
+        """Of how many types of GPU its first workers may be."""
+        place = self._places.get(role)
+        return len(place.types) if place and place.types else math.inf
+
+    def _start(self, worker_id: str, role: Role, first: bool) -> str:
         """Ask for room for all its shards: each stage's tensor group on one node, the stages as close as may be."""
-        bundles, pin = placement.bundles(self._config, role), node_roles.pinned(role, _nodes_ever())
+        pin, place = node_roles.pinned(role, _nodes_ever()), self._places.get(role)
+        bundles = placement.bundles(self._config, role, gpus=int(place is not None))
+        selector = pin.selector | (place.selector(first) if place else {})
         group = placement_group(
             [{**bundle, **pin.resources} for bundle in bundles],
             strategy="PACK",
             name=worker_id,
-            bundle_label_selector=[pin.selector] * len(bundles) if pin.selector else None,
+            bundle_label_selector=[selector] * len(bundles) if selector else None,
         )
-        wanted = f"{len(bundles)} x {bundles[0]['CPU']:g} CPUs, each on one node{pin.where}"
+        gpus = f" and {bundles[0]['GPU']:g} GPUs" if place else ""
+        where = dataclasses.replace(pin, selector=selector).where
+        wanted = f"{len(bundles)} x {bundles[0]['CPU']:g} CPUs{gpus}, each on one node{where}"
         settings = dataclasses.replace(self._template, id=worker_id, role=role)
-        shards = math.prod(self._config.grid(role))
+        shards, place_s = math.prod(self._config.grid(role)), PLACE_S if first else RENT_S
         self._posts[worker_id] = Post(role, settings, shards, group, place_s, time.monotonic(), wanted=wanted)
         self._number += 1
         return worker_id
@@ -194,7 +208,7 @@ class Workforce:
         elif time.monotonic() - post.since_s > post.place_s:
             raise StartupError(
                 f"{post.id}: Ray found no room for {post.wanted} within {post.place_s:.0f} s; see `ray status`, free "
-                "CPUs or add nodes"
+                "them or add nodes"
             )
 
     def _worker(self, post: Post) -> Any:
@@ -203,6 +217,7 @@ class Workforce:
             ray.remote(WorkerActor)
             .options(
                 num_cpus=self._config.threads,
+                num_gpus=int(post.settings.role in self._places),
                 max_restarts=-1,
                 max_concurrency=4,
                 runtime_env=runtime_environment(self._config),

@@ -239,7 +239,8 @@ class WorkerLink:
             self._owner = self._map.join()
         self.load = frame.load
         if frame.rates is not None:
-            self.rates, self._filled = frame.rates, self._experience.filled(frame.rates)
+            kind = frame.gpus[0].name if frame.gpus else ""
+            self.rates, self._filled = frame.rates, self._experience.filled(frame.rates, kind)
             self.gpus = frame.gpus
         if frame.cache is not None:
             self._take_cache(frame.cache)

@@ -32,7 +32,8 @@ PURE = {
 NO_TORCH = ("cluster", "router", "kvstore")
 RAY_FILES = {
     *("deploy/actors.py", "deploy/front_door.py", "deploy/launch.py"),
-    *("deploy/node_stores.py", "deploy/process.py", "deploy/workforce.py", "deploy/doctor/ray_probe.py"),
+    *("deploy/node_stores.py", "deploy/process.py", "deploy/serve_app.py", "deploy/workforce.py"),
+    "deploy/doctor/ray_probe.py",
 }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence as Several
 from dataclasses import asdict, replace
 
 from cluster.errors import DeadlineExceeded, Moved, TandemError
-from cluster.messages import FinishReason, JobFailed, Load, Role, TokenOutput
+from cluster.messages import FinishReason, JobFailed, Load, Rates, Role, TokenOutput
 from cluster.perfmodel import PerfModel
 from kvstore.blocks import BlockPool, Change
 from kvstore.fetcher import Source
@@ -45,6 +45,7 @@ class Engine:
         max_sequences: int,
         max_context: int,
         stored: Layout | None = None,
+        prior: Rates | None = None,  # of the performance model; None: of a machine that nothing is known about
     ) -> None:
         self.runner = runner
         self._layouts = {True: runner.layout, False: stored or runner.layout}  # sequence is exact -> its stores'
@@ -54,7 +55,7 @@ class Engine:
         self.max_context = max_context
         # or one long sequence alone would preempt itself for ever
         assert runner.num_blocks * self.block_size >= max_context, "the KV cache cannot hold one longest sequence"
-        self.model = PerfModel(token_budget)
+        self.model = PerfModel(token_budget, prior)
         limits = (token_budget, max_sequences, runner.depth)
         self.scheduler = Scheduler(self.pool, self.block_size, *limits, self._choose)
         self._in_flight = InFlight(runner)

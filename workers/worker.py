@@ -83,6 +83,7 @@ class Worker:
         approximate: StoredBlocks | None = None,
         shard_pids: tuple[int, ...] = (),
         began: float | None = None,
+        prior: Rates | None = None,  # of the engine's performance model
     ) -> None:
         config = settings.config
         self._began = time.monotonic() if began is None else began
@@ -97,6 +98,7 @@ class Worker:
             max_sequences=config.max_sequences,
             max_context=settings.max_context,
             stored=approximate.layout if approximate else None,
+            prior=prior,
         )
         self._vocab_size = runner.vocab_size
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -88,7 +88,24 @@ def test_fetching_from_memory_beats_a_network_beats_a_disk_and_all_beat_computin
     assert remote < prefill_ms(rates, 4096, 0)
 
 
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("H200", "H200"),  # as Ray labels it
+    ],
+)
+def test_a_gpu_is_found_by_its_whole_name(device: str, name: str) -> None:
+    assert find(device) is GPUS[name]
+
+
 def test_of_other_devices_nothing_is_known() -> None:
+    assert find("NVIDIA L40") is None  # neither an L4 nor an L40S
     assert find("Intel Xeon") is None
     for device, dtype in [("cpu", "bfloat16"), ("NVIDIA H100", "float32")]:
         rates = prior(MODELS["Llama-3-8B"], device, 1, 1, dtype, 256)

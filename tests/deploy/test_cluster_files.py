@@ -136,8 +136,8 @@ def test_the_example_configuration_has_every_setting_at_its_default() -> None:
 
 
 def test_kubernetes_nodes_have_roles_in_the_eyes_of_rays_autoscaler() -> None:
-    (job,) = [part for part in documents() if part["kind"] == "RayJob"]
-    spec = job["spec"]["rayClusterSpec"]
+    (service,) = [part for part in documents() if part["kind"] == "RayService"]
+    spec = service["spec"]["rayClusterConfig"]
     assert spec["rayVersion"] == pinned_version("ray")
     assert spec["authOptions"] == {"mode": "token"}
     cluster = {"metadata": {"name": "tandem", "namespace": "default"}, "spec": spec}
@@ -150,9 +150,23 @@ def test_kubernetes_nodes_have_roles_in_the_eyes_of_rays_autoscaler() -> None:
         "prefill": {ROLE_LABEL: "prefill"},
         "decode": {ROLE_LABEL: "decode"},
     }
-    settings = tomllib.loads(next(part for part in documents() if part["kind"] == "ConfigMap")["data"]["tandem.toml"])
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     nodes = [Node(kind["resources"]["CPU"], kind["labels"][ROLE_LABEL]) for kind in types.values()]
-    check_nodes(Config(**settings), nodes)
+    check_nodes(Config(**application["args"]), nodes)
+
+
+def test_every_pod_on_kubernetes_has_the_model_and_the_secrets() -> None:
+    """Serve builds the application on any of them."""
+    (secret,) = [part for part in documents() if part["kind"] == "Secret"]
+    (service,) = [part for part in documents() if part["kind"] == "RayService"]
+    spec = service["spec"]["rayClusterConfig"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
+        assert [init["command"][:2] for init in pod["initContainers"]] == [["tandem", "fetch"]]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]} == {"shm", "models"}
 
 
 def documents() -> list[dict[str, Any]]:

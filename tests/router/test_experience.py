@@ -30,3 +30,11 @@ def test_who_has_measured_keeps_its_own() -> None:
     experience.filled(replace(SLOW, prefill_error=0.1, decode_error=0.1))
     own = replace(PRIOR, prefill_error=0.3, decode_error=0.3)
     assert experience.filled(own) == own
+
+
+def test_nobody_learns_from_another_kind_of_gpu() -> None:
+    experience = Experience()
+    measured = replace(SLOW, prefill_error=0.1, decode_error=0.1)
+    experience.filled(measured, "NVIDIA L40S")
+    assert experience.filled(PRIOR, "NVIDIA H200") == PRIOR
+    assert experience.filled(PRIOR, "NVIDIA L40S") == replace(PRIOR, prefill=SLOW.prefill, decode=SLOW.decode)

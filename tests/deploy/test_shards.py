@@ -1,0 +1,43 @@
+"""What a worker takes for true of its speed before it has measured anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.config import Config
+from cluster.identity import Identity
+from cluster.perfmodel import PRIOR
+from cluster.roofline import prior
+from deploy.served_model import model_shape
+from deploy.shards import assemble
+from kvstore.hashing import ModelKey
+from workers.architecture import load_architecture
+from workers.worker import WorkerSettings
+
+
+def settings() -> WorkerSettings:
+    config = Config(runner="sim", dtype="bfloat16", threads=1, token_budget=256)
+    key = ModelKey(b"model", b"tokenizer", "bfloat16", config.block_size)
+    return WorkerSettings(
+        "decode-0", "decode", key, 256, Identity("n", "redis://127.0.0.1:1", "secret", "127.0.0.1"), config
+    )
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA L40S"])
+def test_on_a_gpu_it_is_what_that_gpu_promises(gpu: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    assembled = assemble(settings(), tiny, lambda address: [])
+    expected = prior(model_shape(load_architecture(tiny)), gpu, 1, 1, "bfloat16", 256)
+    assert assembled.prior == expected
+    assert expected.decode != PRIOR.decode
+    assert assembled.worker(settings())._engine.model.rates().decode == pytest.approx(expected.decode)
+
+
+def test_on_cpus_it_is_the_general_one(tiny: Path) -> None:
+    assembled = assemble(settings(), tiny, lambda address: [])
+    assert assembled.prior is None
+    assert assembled.worker(settings())._engine.model.rates().decode == pytest.approx(PRIOR.decode)
