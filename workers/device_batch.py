@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Several
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,8 @@ class Shape:
 
     def holds(self, other: Shape) -> bool:
         """Only a step of decodes can be padded: a row of padding has to be a sequence of its own."""
-        return self.tiles == other.tiles == 0 and all(
-            a >= b for a, b in zip(astuple(self), astuple(other), strict=True)
-        )
+        enough = self.rows >= other.rows and self.width >= other.width and self.items >= other.items
+        return enough and self.tiles == other.tiles == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +205,14 @@ def _fill_samples(views: dict[str, npt.NDArray[Any]], step: Plan) -> None:
     decodes = step.shape.decodes
     prefills = [last_rows[place] for place in range(decodes, len(step.chunks)) if step.chunks[place].samples]
     views["sample_rows"][: len(step.draws)] = [*last_rows[:decodes], *prefills]
-    for row, draw in enumerate(step.draws):
-        if draw is None or draw.greedy:
-            continue  # as padding
-        s = draw.sampling
-        views["temperature"][row], views["top_k"][row] = s.temperature, s.top_k
-        views["top_p"][row], views["min_p"][row] = s.top_p, s.min_p
-        views["words"][row] = np.array(key(s.seed, len(draw.tokens)), np.uint32).view(np.int32)
+    drawn = [(row, draw) for row, draw in enumerate(step.draws) if draw is not None and not draw.greedy]
+    if not drawn:
+        return
+    rows, sampling = [row for row, _ in drawn], [draw.sampling for _, draw in drawn]
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        views[name][rows] = [getattr(s, name) for s in sampling]
+    words = [key(draw.sampling.seed, len(draw.tokens)) for _, draw in drawn]
+    views["words"][rows] = np.array(words, np.uint32).view(np.int32)
 
 
 def _pad(views: dict[str, npt.NDArray[Any]], shape: Shape) -> None:
