@@ -14,7 +14,8 @@ from tests.workers.gpu_engines import BLOCK, LIMITS, Counting, block_bytes, cpu_
 from tests.workers.tiny_models import build, generate, prompts, sequence
 from workers.architecture import load_architecture, sizes
 from workers.device import Device
-from workers.gpu_runner import GpuRunner, Limits
+from workers.gpu_profile import Limits
+from workers.gpu_runner import GpuRunner
 from workers.runner import Chunk
 from workers.sequence import Sequence
 from workers.shard import shards
