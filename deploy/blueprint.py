@@ -10,8 +10,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from cluster import telemetry
 from cluster.config import Config
 from cluster.identity import Identity
@@ -36,7 +34,7 @@ class Blueprint:
     template: WorkerSettings  # of every worker but for id and role
     stores: tuple[StoreSet, ...]  # of every node
     router: RouterSettings
-    needs: Needs | None  # of GPUs; None: it computes on CPUs, as with a torch that was built without CUDA
+    needs: Needs | None  # of GPUs; None: it computes on none
 
 
 def blueprint(config: Config, model: ResolvedModel, redis_url: str, host: str) -> Blueprint:
@@ -74,5 +72,5 @@ def blueprint(config: Config, model: ResolvedModel, redis_url: str, host: str) -
             model_key=key,
             store_namespaces=tuple(kind.identity.namespace for kind in sets),
         ),
-        needs=gpu_needs(config, architecture, context) if torch.version.cuda else None,
+        needs=gpu_needs(config, architecture, context),
     )
