@@ -119,15 +119,20 @@ class _Driver:
 
 
 class _Imagination(TorchFunctionMode):
-    """Two things that FakeTensorMode leaves to a GPU. Pointers: Triton specializes a kernel on which are multiples of 16
-    bytes; those of allocations are, and a view's is as far off as it begins. And indexing, which makes the tensor's
-    device the current one: a torch that was built for CPUs refuses."""
+    """What FakeTensorMode leaves to a GPU. Pointers: Triton specializes a kernel on which are multiples of 16 bytes; those
+    of allocations are, and a view's is as far off as it begins. And what makes the tensor's device the current one,
+    which a torch that was built for CPUs refuses: indexing, `to` and `copy_`."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.data_ptr:
             return args[0].storage_offset() * args[0].element_size()
         if function is torch.Tensor.__getitem__:
             return _indexed(*args)
+        if function is torch.Tensor.copy_:
+            return args[0]
+        if function is torch.Tensor.to and "cuda" in map(str, (*args[1:], *(kwargs or {}).values())):
+            dtype = next((each for each in args[1:] if isinstance(each, torch.dtype)), args[0].dtype)
+            return torch.empty_strided(args[0].shape, args[0].stride(), dtype=dtype, device="cuda")
         return function(*args, **(kwargs or {}))
 
 

@@ -22,6 +22,7 @@ from deploy.bench.cuda.units import UNITS, Unit
 RESTARTS = 3
 ERROR_CHARACTERS = 600  # of what a process that died said last
 ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = (sys.executable, "-m", "deploy.bench.cuda")
 
 
 def run(sections: Sequence[str], out: Path | None, units: Sequence[Unit] = UNITS) -> list[Answer]:
@@ -41,8 +42,9 @@ def run(sections: Sequence[str], out: Path | None, units: Sequence[Unit] = UNITS
     return found
 
 
-def in_process(unit: Unit) -> list[Answer]:
-    """The unit's rows, and one more for each way in which its process failed."""
+def in_process(unit: Unit, program: Sequence[str] = PROGRAM) -> list[Answer]:
+    """The unit's rows, and one more for each way in which its process failed. `program` runs the rows of --unit from
+    --skip on and appends to --out."""
     deadline = time.monotonic() + unit.seconds
     lines: list[dict[str, Any]] = []
     failures: list[Answer] = []
@@ -50,7 +52,8 @@ def in_process(unit: Unit) -> list[Answer]:
         for attempt in range(1 + RESTARTS):
             file, log = Path(folder, f"{attempt}.jsonl"), Path(folder, f"{attempt}.log")
             done = sum("begun" in entry for entry in lines)
-            failure = _process(unit, done, file, log, deadline)
+            given = ("--unit", unit.name, "--skip", str(done), "--out", str(file))
+            failure = _process([*program, *given], log, deadline)
             lines += _entries(file)
             if failure is None:
                 break
@@ -61,17 +64,15 @@ def in_process(unit: Unit) -> list[Answer]:
     return [entry for entry in lines if "begun" not in entry] + failures
 
 
-def _process(unit: Unit, skip: int, file: Path, log: Path, deadline: float) -> str | None:
-    """Run the unit's rows from `skip` on. What went wrong, or None."""
-    command = [sys.executable, "-m", "deploy.bench.cuda", "--unit", unit.name, "--skip", str(skip), "--out", str(file)]
+def _process(command: Sequence[str], log: Path, deadline: float) -> str | None:
+    """What went wrong, or None."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    left = max(1.0, deadline - time.monotonic())
     with log.open("wb") as output:
         try:
-            ended = subprocess.run(
-                command, stdout=output, stderr=output, env=environment, timeout=max(1.0, deadline - time.monotonic())
-            )
+            ended = subprocess.run(command, stdout=output, stderr=output, env=environment, timeout=left)
         except subprocess.TimeoutExpired:
-            return f"not done after {unit.seconds:.0f} s"
+            return "its unit's time was up"
     if ended.returncode == 0:
         return None
     return f"its process ended with {ended.returncode}: {log.read_text(errors='replace')[-ERROR_CHARACTERS:].strip()}"
@@ -119,7 +120,9 @@ def line(answer: Answer) -> str:
         return f"copy {answer['bandwidth'] / 1e12:.2f} TB/s, GEMM {answer['flops'] / 1e12:.0f} TFLOP/s ({answer['gpu']})"
     parts = [answer["name"]]
     if "us" in answer:
-        parts.append(f"{answer['us']:.1f} us, {answer['fraction']:.2f} of the limit, spread {answer['spread']:.1%}")
+        parts.append(f"{answer['us']:.1f} us")
+    if "fraction" in answer:
+        parts.append(f"{answer['fraction']:.2f} of the limit, spread {answer['spread']:.1%}")
     parts += [
         f"{name} " + (f"{peer['us']:.1f} us ({peer['ratio']:.2f}x ours)" if "us" in peer else peer["failed"])
         for name, peer in answer.get("peers", {}).items()
