@@ -51,6 +51,7 @@ class Lead:
         self.shard = shard
         self.peers = peers
         self.num_blocks = stage.num_blocks
+        self.device_cache = stage.device_cache
         self.vocab_size = stage.vocab_size
         self.depth = shard.pp
         self._stage = stage

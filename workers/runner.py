@@ -1,8 +1,9 @@
 """The seam between the engine, which decides, and the tensors, which compute.
 
 The engine plans in `Chunk`s; a Runner has them computed against a paged KV cache and answers with tokens. It owns no
-policy and keeps no sequence. A Stage is one shard's part of that: `workers/model_runner.py` is the real one,
-`workers/sim.py` the one without weights. A worker that is one shard has one stage for a Runner (`Alone`).
+policy and keeps no sequence. A Stage is one shard's part of that: `workers/model_runner.py` is the one on CPUs,
+`workers/gpu_runner.py` the one on GPUs, `workers/sim.py` the one without weights. A worker that is one shard has one
+stage for a Runner (`Alone`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.layout import Layout
+from workers.device import DeviceCache
 from workers.sequence import Sequence
 from workers.shard import Shard
 
@@ -40,6 +42,7 @@ class Stage(Protocol):
     shard: Shard
     num_blocks: int
     vocab_size: int
+    device_cache: DeviceCache | None  # where blocks are that `block` cannot show
 
     def run(self, chunks: list[Chunk]) -> list[int | None]:
         """One step: write the chunks' KV, and for each chunk that samples return its next token, else None. Only the
@@ -48,7 +51,7 @@ class Stage(Protocol):
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         """A writable view of this shard's part of one block [shard.part(layout).block_bytes], in the canonical
-        order."""
+        order. There is none where there is a `device_cache`."""
         ...
 
 
@@ -60,6 +63,7 @@ class Runner(Protocol):
     peers: tuple[str, ...]  # rank - 1 -> where the others serve gRPC
     num_blocks: int
     vocab_size: int
+    device_cache: DeviceCache | None
     depth: int  # steps that may be in flight
 
     def submit(self, chunks: list[Chunk]) -> None:
@@ -80,6 +84,7 @@ class Alone(ABC):
 
     peers: tuple[str, ...] = ()
     depth = 1
+    device_cache: DeviceCache | None = None
 
     def submit(self, chunks: list[Chunk]) -> None:
         self._submitted = chunks

@@ -1,0 +1,254 @@
+"""The stage that computes on a GPU, behind `workers.runner.Stage`: as `model_runner`, with kernels that walk block
+tables, decode steps replayed from graphs, tokens chosen where the logits are, and a KV cache as large as memory allows.
+
+Owns no policy and keeps no sequence but for arrays of the block tables of those in the last step. Every step has ended,
+and all that it wrote can be copied by whoever likes, when `run` returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cluster.errors import ModelError
+from cluster.messages import Generation, Sampling
+from kernels.sampling import sample_rows
+from kvstore.layout import Layout
+from workers.architecture import Architecture, layout, load_architecture, sizes
+from workers.cache import KvCache
+from workers.decode_graphs import DecodeGraphs, Staging, buckets
+from workers.device import Cuda, Device, DeviceCache
+from workers.device_batch import BlockTables, DeviceBatch, Plan, plan
+from workers.gpu_memory import Profile, blocks_for
+from workers.links import Links, NoLinks
+from workers.model import Decoder
+from workers.model_runner import blocks_in, context
+from workers.rope import rope_table
+from workers.runner import Alone, Chunk
+from workers.sampling import sample
+from workers.sequence import Sequence
+from workers.shard import Shard, shards, whole
+from workers.vocabulary import sample_slice
+from workers.weights import load_weights, shapes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Of one step, on the device."""
+
+    logits: Tensor | None  # [R, V]; None: not the last stage, or nobody wants any
+    tokens: Tensor | None  # [R] int64; None: also where ranks have parts of the vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest step and the longest sequence."""
+
+    token_budget: int
+    max_sequences: int
+    max_context: int
+
+
+class GpuRunner(Alone):
+    def __init__(
+        self,
+        architecture: Architecture,
+        shard: Shard,
+        links: Links,
+        decoder: Decoder,
+        block_layout: Layout,  # of whole blocks
+        limits: Limits,
+        num_blocks: int,
+        device: Device,
+    ) -> None:
+        self.layout = block_layout
+        self.shard = shard
+        self.num_blocks = num_blocks
+        self.vocab_size = architecture.vocab_size
+        self.max_context = limits.max_context
+        self._group = architecture.num_heads // architecture.num_kv_heads
+        self._links = links
+        self._decoder = decoder
+        self._cache = KvCache(shard.part(block_layout), num_blocks, device.place)
+        self._device = device
+        self.device_cache = DeviceCache(self._cache.blocks, device)
+        self._tables = BlockTables()
+        self._staging = Staging(device, block_layout.tokens)
+        self._graphs: DecodeGraphs[_Computed] | None = None
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        dtype: str,  # float32 or bfloat16: weights, activations and KV
+        block_size: int,  # tokens
+        kv_memory_bytes: int,  # of the worker: all its shards together; 0: what its GPUs have left
+        limits: Limits,  # max_context 0: the model's own limit
+        progress: Callable[[float], None] | None = None,
+        device: Device | None = None,  # None: this process's GPU
+        shard: Shard | None = None,  # None: the worker's only one
+        links: Links | None = None,  # to its other shards
+    ) -> GpuRunner:
+        """Raises ModelError when the model cannot be served with these settings, saying which would do."""
+        place = device or _gpu()
+        architecture = load_architecture(directory)
+        own, linked = shard or whole(sizes(architecture)), links or NoLinks()
+        block_layout, torch_dtype = layout(architecture, dtype, block_size), getattr(torch, dtype)
+        check(architecture, block_layout)
+        limits = replace(limits, max_context=context(architecture, limits.max_context))
+        memory = None if kv_memory_bytes else _Memory(place, architecture, own, block_layout, limits)
+        with torch.inference_mode():
+            weights = load_weights(directory, architecture, own, torch_dtype, place.place, progress)
+            table = rope_table(architecture.rope, architecture.head_dim, limits.max_context, torch_dtype)
+        decoder = Decoder(architecture, own, weights, table.to(place.place), linked)
+
+        def made(num_blocks: int) -> GpuRunner:
+            return cls(architecture, own, linked, decoder, block_layout, limits, num_blocks, place)
+
+        if memory is None:
+            parts = [each.part(block_layout) for each in shards(sizes(architecture), own.tp, own.pp)]
+            whole_bytes = sum(part.block_bytes for part in parts)
+            num_blocks = blocks_in(block_size, whole_bytes, kv_memory_bytes, limits.max_context)
+        else:
+            num_blocks = memory.blocks(made, linked)
+        runner = made(num_blocks)
+        runner.capture(limits)
+        return runner
+
+    def capture(self, limits: Limits) -> None:
+        """Have decode steps replayed from graphs, from now on."""
+        if self.shard.pp > 1:
+            log.warning("decode steps are launched kernel by kernel: activations between stages are not captured")
+            return
+        captured = buckets(limits.max_sequences, limits.max_context, self.layout.tokens)
+        try:
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(self._device, self._staging, captured, self._compute)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            log.warning("decode steps are launched kernel by kernel: they cannot be captured (%s)", reason)
+
+    def run(self, chunks: list[Chunk]) -> list[int | None]:
+        with torch.inference_mode():
+            step = plan(chunks, self._tables, self.layout.tokens, self._group)
+            if step.fresh:
+                self._cache.clear(torch.tensor(step.fresh, device=self._device.place))
+            computed = self._graphs.run(step) if self._graphs is not None else None
+            if computed is None:
+                computed = self._compute(DeviceBatch.over(self._staging.send(step, step.shape), step.shape))
+            tokens: list[int | None] = [None] * len(chunks)
+            for row, token in self._tokens(step, computed):
+                tokens[step.answers[row]] = token
+            self._device.synchronize()
+            return tokens
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        return self._cache.bytes_of(index)
+
+    def _compute(self, batch: DeviceBatch) -> _Computed:
+        """All that a graph holds."""
+        logits = self._decoder.forward(batch, self._cache)
+        if logits is None or self.shard.tp > 1:
+            return _Computed(logits, None)
+        return _Computed(
+            logits, sample_rows(logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.words)
+        )
+
+    def _tokens(self, step: Plan, computed: _Computed) -> list[tuple[int, int]]:
+        """(row of the samples, token) of those that somebody wants."""
+        wanted = [(row, draw) for row, draw in enumerate(step.draws) if draw is not None]
+        if computed.logits is None or not wanted:
+            return []
+        if computed.tokens is None:
+            rows = torch.tensor([row for row, _ in wanted], device=self._device.place)
+            draws = [draw for _, draw in wanted]
+            found = sample_slice(computed.logits[rows], draws, self.shard, self.vocab_size, self._links)
+            return [(row, token) for (row, _), token in zip(wanted, found, strict=True)]
+        drawn: list[int] = computed.tokens.tolist()
+        tokens = {row: drawn[row] for row, _ in wanted}
+        # penalties and biases are of the whole sequence so far, which is on the host
+        adjusted = [(row, draw) for row, draw in wanted if draw.adjusted]
+        if adjusted:
+            logits = computed.logits[[row for row, _ in adjusted]].cpu()
+            found = sample(logits, [draw for _, draw in adjusted])
+            tokens |= {row: token for (row, _), token in zip(adjusted, found, strict=True)}
+        return list(tokens.items())
+
+
+def check(architecture: Architecture, block_layout: Layout) -> None:
+    """Raises ModelError, naming what is allowed, for what the kernels do not serve."""
+    if block_layout.tokens % 16 or block_layout.tokens > 128:
+        raise ModelError(f"block_size {block_layout.tokens} is not for GPUs; use a multiple of 16 up to 128")
+    if architecture.head_dim % 16 or architecture.head_dim > 256:
+        raise ModelError(f"heads of {architecture.head_dim} are not for GPUs; use a model whose are 16, 32, ... 256")
+    if architecture.num_heads > 16 * architecture.num_kv_heads:
+        raise ModelError(
+            f"{architecture.num_heads // architecture.num_kv_heads} query heads share keys, and GPU kernels serve up "
+            "to 16; use a model with more key-value heads"
+        )
+
+
+def _gpu() -> Device:
+    if not torch.cuda.is_available():
+        raise ModelError(
+            "runner cuda finds no GPU that torch can use; use runner torch, or see `tandem doctor` and `nvidia-smi`"
+        )
+    return Cuda()
+
+
+class _Memory:
+    """Looks what the GPU has left: before the weights are loaded, and after a step of the largest size. Raises
+    ModelError, naming what would fit, when a longest sequence does not."""
+
+    def __init__(
+        self, device: Device, architecture: Architecture, shard: Shard, block_layout: Layout, limits: Limits
+    ) -> None:
+        if shard.pp > 1:
+            raise ModelError("pipeline stages on GPUs cannot agree on the size of their KV caches; set kv_memory")
+        self._device, self._shard, self._layout, self._limits = device, shard, block_layout, limits
+        values = sum(math.prod(shape) for shape in shapes(architecture).values())
+        self._weights = values * block_layout.itemsize // shard.tp
+        total, used = device.memory(lambda: None)
+        self._blocks(Profile(total, used + self._weights, self._weights))
+
+    def blocks(self, made: Callable[[int], GpuRunner], links: Links) -> int:
+        """Of the KV cache, the same on all ranks. `made` is a runner with so many."""
+
+        def largest() -> None:
+            chunks = largest_step(self._limits, self._layout.tokens)
+            made(1 + max(max(chunk.sequence.block_table) for chunk in chunks)).run(chunks)
+
+        total, peak = self._device.memory(largest)
+        own = torch.tensor([self._blocks(Profile(total, peak, self._weights))], device=self._device.place)
+        return int(links.gather(own).min())
+
+    def _blocks(self, profile: Profile) -> int:
+        part = self._shard.part(self._layout)
+        return blocks_for(profile, part.block_bytes, part.tokens, self._limits.max_context, self._shard.tp)
+
+
+def largest_step(limits: Limits, block_size: int) -> list[Chunk]:
+    """As many tokens, and as many sequences that sample, as a step may have."""
+    rest, takes = limits.token_budget, list[int]()
+    while rest and len(takes) < limits.max_sequences:
+        left = limits.max_sequences - len(takes) - 1
+        takes.append(min(max(1, rest - left), limits.max_context - 1))
+        rest -= takes[-1]
+    chunks, block = [], 0
+    for index, take in enumerate(takes):
+        made = Sequence(Generation(str(index), (0,) * take, (), Sampling(), b"", 0), "", b"", 0.0)
+        count = -(-take // block_size)
+        made.block_table = list(range(block, block + count))
+        block += count
+        chunks.append(Chunk(made, 0, take))
+    return chunks
