@@ -176,7 +176,8 @@ class Workforce:
             name=worker_id,
             bundle_label_selector=[pin.selector] * len(bundles) if pin.selector else None,
         )
-        wanted = f"{len(bundles)} x {bundles[0]['CPU']:g} CPUs, each on one node{pin.where}"
+        each = " and ".join(f"{count:g} {what}s" for what, count in bundles[0].items())
+        wanted = f"{len(bundles)} x {each}, each on one node{pin.where}"
         settings = dataclasses.replace(self._template, id=worker_id, role=role)
         shards = math.prod(self._config.grid(role))
         self._posts[worker_id] = Post(role, settings, shards, group, place_s, time.monotonic(), wanted=wanted)
@@ -202,7 +203,7 @@ class Workforce:
         return (
             ray.remote(WorkerActor)
             .options(
-                num_cpus=self._config.threads,
+                **placement.of_shard(self._config),
                 max_restarts=-1,
                 max_concurrency=4,
                 runtime_env=runtime_environment(self._config),

@@ -142,8 +142,8 @@ def plan(given: Several[Chunk], tables: BlockTables, block_size: int, group: int
     items, item_starts = decode_items(lengths[:decodes])
     tiles = prefill_tiles(lengths, query_starts, decodes, group)
     taken = [place for place, chunk in enumerate(chunks) if place < decodes or chunk.samples]
-    longest = -(-int(lengths.max()) // block_size)
-    shape = Shape(int(query_starts[-1]), len(chunks), longest, decodes, len(items), len(tiles), len(taken))
+    width = -(-int(lengths.max()) // block_size)
+    shape = Shape(int(query_starts[-1]), len(chunks), width, decodes, len(items), len(tiles), len(taken))
     return Plan(
         chunks=tuple(chunks),
         tables=tuple(tables.of([chunk.sequence for chunk in chunks])),
@@ -179,16 +179,19 @@ def fill(buffer: Words, shape: Shape, step: Plan | None, block_size: int) -> Non
     if step is None:
         return
     count = len(step.chunks)
-    row = 0
-    for index, (chunk, table) in enumerate(zip(step.chunks, step.tables, strict=True)):
-        positions = np.arange(chunk.first, chunk.first + chunk.take)
-        rows = slice(row, row + chunk.take)
-        views["token_ids"][rows] = chunk.sequence.tokens[chunk.first : chunk.first + chunk.take]
-        views["positions"][rows] = positions
-        views["slots"][rows] = table[positions // block_size] * block_size + positions % block_size
-        used = table[: -(-(chunk.first + chunk.take) // block_size)]
+    for index, table in enumerate(step.tables):
+        used = table[: shape.width]
         views["block_tables"][index, : len(used)] = used
-        row += chunk.take
+    token_ids: list[int] = []
+    for chunk in step.chunks:
+        token_ids += chunk.sequence.tokens[chunk.first : chunk.first + chunk.take]
+    views["token_ids"][: len(token_ids)] = token_ids
+    takes = np.diff(step.query_starts)
+    sequences = np.repeat(np.arange(count), takes)
+    positions = np.arange(len(token_ids)) + (step.lengths - step.query_starts[1:])[sequences]
+    blocks = views["block_tables"][sequences, positions // block_size]
+    views["positions"][: len(token_ids)] = positions
+    views["slots"][: len(token_ids)] = blocks * block_size + positions % block_size
     views["lengths"][:count] = step.lengths
     views["query_starts"][: count + 1] = step.query_starts
     views["decode_items"][: len(step.items)] = step.items
