@@ -1,4 +1,4 @@
-"""Rows of what moves KV: blocks gathered and scattered for a handoff, their quantization, and the way to the host.
+"""Rows of what moves KV within device memory: blocks gathered and scattered for a handoff, and their quantization.
 
 A block is one of Llama 3 8B: 8 heads x 32 layers x 16 tokens x 128 dimensions, 2 MiB.
 """
@@ -18,7 +18,6 @@ HEADS, LAYERS, DIM = 8, 32, 128
 BLOCK_SIZES = (16, 64)  # tokens
 PAYLOAD_BYTES = 512 * 2**20
 POOL = 4  # times the payload: the blocks come from all over it
-LINK_BYTES_S = 50e9  # what PCIe 5 x16 carries in practice; only the floor of the plan and of the hand-off's rows
 
 
 def rows() -> list[Row]:
