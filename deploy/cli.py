@@ -151,7 +151,7 @@ def bench(
             "with --device cuda, of kernels,engine,handoff,serve [default: all]"
         ),
     ] = None,
-    plan: Annotated[bool, typer.Option(help="with --device cuda: say what would run and compile it, without a GPU")] = False,
+    plan: Annotated[bool, typer.Option(help="with --device cuda: what would run, compiled without a GPU")] = False,
     trace: Annotated[Path | None, typer.Option(help="recorded requests, for the section routing")] = None,
     out: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:

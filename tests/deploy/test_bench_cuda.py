@@ -133,7 +133,7 @@ def test_a_row_that_kills_its_process_or_hangs_costs_no_other(tmp_path: Path) ->
     json.dumps(found)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; run it without: CUDA_VISIBLE_DEVICES= pytest ...")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="to run it, hide the GPU: CUDA_VISIBLE_DEVICES=")
 def test_without_a_gpu_each_unit_says_so() -> None:
     [failure] = in_process(UNITS[0])
     assert "no GPU" in failure["failed"]

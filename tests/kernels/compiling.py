@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden.toml")
 SECONDS = 300  # for one family
 Found = dict[str, dict[str, Any]]  # name -> fields of deploy.bench.cuda.compiled.Resources, and what the case adds
-HEADER = """# What the Triton kernels use, by version of Triton, family and launch: registers per thread, bytes of shared memory per
-# CTA, tensor-core instructions. Written by `python -m tests.kernels.compiling --write`; a test compares.
+HEADER = """# What the Triton kernels use, by version of Triton, family and launch: registers per thread, bytes of shared
+# memory per CTA, tensor-core instructions. Written by `python -m tests.kernels.compiling --write`; a test compares.
 """
 
 

@@ -1,6 +1,6 @@
 """Applies mutations to copies of the kernels and runs the test that should notice: one process, a fork per mutation.
 
-    TRITON_INTERPRET=1 python tests/kernels/mutating.py FOLDER     a line of JSON per run: name, pytest's exit status, output
+    TRITON_INTERPRET=1 python tests/kernels/mutating.py FOLDER     a line of JSON per run: name, exit status, output
 
 FOLDER gets kernels/ and tests/kernels/, and stands first on the path. Importing torch, Triton and pytest takes longer
 than any of the tests, hence the forks; nothing of ours is imported before them. A run that takes longer than SECONDS is

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 
 WARP = 32
-# what one CTA can have on an A100, H100 and B200 (CUDA programming guide, "Compute Capabilities"): 1 KiB less than an SM
+# what one CTA can have on an A100, H100 and B200 (CUDA programming guide, "Compute Capabilities")
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 SMS = {80: 108, 90: 132, 100: 148}
 TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|IGMMA|IMMA|QGMMA|QMMA|UTC\w*MMA)\b")
@@ -66,9 +66,9 @@ def imagined(architecture: int) -> Iterator[dict[str, Any]]:
     try:
         with (
             mock.patch.object(triton.KernelInterface, "__getitem__", compile_only),
-            mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
-            mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (architecture // 10, 0)),
-            mock.patch.object(torch.cuda, "current_device", lambda: 0),
+            mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=(architecture // 10, 0)),
+            mock.patch.object(torch.cuda, "current_device", return_value=0),
             FakeTensorMode(allow_non_fake_inputs=True),
             _Imagination(),
         ):
@@ -119,9 +119,9 @@ class _Driver:
 
 
 class _Imagination(TorchFunctionMode):
-    """What FakeTensorMode leaves to a GPU. Pointers: Triton specializes a kernel on which are multiples of 16 bytes; those
-    of allocations are, and a view's is as far off as it begins. And what makes the tensor's device the current one,
-    which a torch that was built for CPUs refuses: indexing, `to` and `copy_`."""
+    """What FakeTensorMode leaves to a GPU. Pointers: Triton specializes a kernel on which are multiples of 16 bytes.
+    Those of allocations are, and a view's is as far off as it begins. And what makes the tensor's device the current
+    one, which a torch that was built for CPUs refuses: indexing, `to` and `copy_`."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.data_ptr:

@@ -6,6 +6,7 @@ Measured at the start of every process that measures anything, on random data: z
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,19 +32,23 @@ ASSUMED = Limits(bandwidth=4.3e12, flops=0.78e15)  # what one H200 measured; onl
 
 
 def measure() -> Limits:
+    limits = Limits(2 * COPY_BYTES / _copy_s(), 2 * GEMM**3 / _product_s())
+    torch.cuda.empty_cache()
+    return limits
+
+
+def _copy_s() -> float:
     source = torch.randint(-(2**62), 2**62, (COPY_BYTES // 8,), device="cuda")
     target = torch.empty_like(source)
-    copy_s = _median_s(lambda: target.copy_(source))
-    del source, target
+    return _median_s(lambda: target.copy_(source))
+
+
+def _product_s() -> float:
     left, right = torch.randn(2, GEMM, GEMM, device="cuda", dtype=torch.bfloat16).unbind()
-    product_s = _median_s(lambda: torch.mm(left, right))
-    del left, right
-    torch.cuda.empty_cache()
-    return Limits(2 * COPY_BYTES / copy_s, 2 * GEMM**3 / product_s)
+    return _median_s(lambda: torch.mm(left, right))
 
 
-def _median_s(work: object) -> float:
-    assert callable(work)
+def _median_s(work: Callable[[], object]) -> float:
     for _ in range(3):
         work()
     watch = Stopwatch()

@@ -73,7 +73,9 @@ def _rope(tokens: int, dtype: torch.dtype) -> Row:
     rows, written = HEADS.queries + 2 * HEADS.keys, 2 * HEADS.keys
     read = tokens * rows * HEADS.dim * 2 + tokens * 2 * HEADS.dim * 2  # q, k, v; cosines and sines
     scales = 4 * tokens * written if dtype in EIGHT_BITS else 0
-    moved = float(read + tokens * HEADS.queries * HEADS.dim * 2 + tokens * written * HEADS.dim * dtype.itemsize + scales)
+    moved = float(
+        read + tokens * HEADS.queries * HEADS.dim * 2 + tokens * written * HEADS.dim * dtype.itemsize + scales
+    )
     name = f"{tokens} tokens, {HEADS}, KV {str(dtype).removeprefix('torch.')}"
     build = functools.partial(_build_rope, tokens, dtype, sets(moved))
     return _row("RoPE + KV write", name, moved, 3.0 * tokens * rows * HEADS.dim, build, 0.75, 4.0)
@@ -103,7 +105,8 @@ def _build_rope(tokens: int, dtype: torch.dtype, count: int) -> Case:
         if scales is not None:
             kv = kv * scales[at // BLOCK_SIZE, :, 0, :, at % BLOCK_SIZE].unsqueeze(-1)
         wanted = rotated[:, HEADS.queries :].view(tokens, 2, HEADS.keys, HEADS.dim).transpose(1, 2)
-        return max(error(qkv[:, : HEADS.queries], rotated[:, : HEADS.queries]), error(kv, wanted) * (TOLERANCE / kv_most))
+        of_queries = error(qkv[:, : HEADS.queries], rotated[:, : HEADS.queries])
+        return max(of_queries, error(kv, wanted) * (TOLERANCE / most))  # what 8 bits lose is allowed for
 
     def plain(qkv: Tensor) -> Tensor:
         turned = qkv[:, : HEADS.queries + HEADS.keys].float()
@@ -111,7 +114,7 @@ def _build_rope(tokens: int, dtype: torch.dtype, count: int) -> Case:
         qkv[:, : HEADS.queries + HEADS.keys] = turned * first + turned.roll(HEADS.dim // 2, -1) * second
         return qkv
 
-    kv_most = {torch.bfloat16: TOLERANCE, torch.int8: 2e-2, torch.float8_e4m3fn: 4e-2}[dtype]
+    most = {torch.bfloat16: TOLERANCE, torch.int8: 2e-2, torch.float8_e4m3fn: 4e-2}[dtype]
     calls: list[Call] = [functools.partial(write, qkv, layer) for layer, qkv in enumerate(inputs)]
     return Case(calls, check, TOLERANCE)
 

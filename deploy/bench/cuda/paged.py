@@ -70,9 +70,7 @@ def _fill_inplace(cache: Tensor) -> None:
             part.normal_()
 
 
-def _step(
-    lengths: Sequence[int], queries: Sequence[int], counts: Sequence[int], blocks: int, group: int
-) -> PagedStep:
+def _step(lengths: Sequence[int], queries: Sequence[int], counts: Sequence[int], blocks: int, group: int) -> PagedStep:
     order = np.random.default_rng(0).permutation(blocks).astype(np.int32)
     tables = np.zeros((len(lengths), max(counts)), np.int32)
     first = 0

@@ -1,8 +1,8 @@
-"""The dry run: every row with its bytes, FLOPs and floor, and its kernels compiled for sm_90, on a machine without a GPU.
+"""The dry run: every row with its bytes, FLOPs and floor, and its kernels compiled for sm_90, without a GPU.
 
 The floors assume what one H200 measured. What is compiled is what the run would launch, with the same inputs but for
-their memory, so a shape that does not fit together, a launcher that reads a value back or a kernel that does not compile
-ends the plan here and not on a GPU that is paid for.
+their memory, so a shape that does not fit together, a launcher that reads a value back or a kernel that does not
+compile is found here and not on a GPU that is paid for.
 """
 
 from __future__ import annotations

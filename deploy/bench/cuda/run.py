@@ -117,7 +117,8 @@ def line(answer: Answer) -> str:
     if "failed" in answer:
         return f"{answer['name']}: FAILED: {answer['failed']}"
     if answer["name"] == "limits":
-        return f"copy {answer['bandwidth'] / 1e12:.2f} TB/s, GEMM {answer['flops'] / 1e12:.0f} TFLOP/s ({answer['gpu']})"
+        copied, multiplied = answer["bandwidth"] / 1e12, answer["flops"] / 1e12
+        return f"copy {copied:.2f} TB/s, GEMM {multiplied:.0f} TFLOP/s ({answer['gpu']})"
     parts = [answer["name"]]
     if "us" in answer:
         parts.append(f"{answer['us']:.1f} us")
@@ -136,5 +137,3 @@ def line(answer: Answer) -> str:
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-

@@ -1,4 +1,4 @@
-"""Rows of sampling on the device: logits read once for a greedy token or a draw, and a little more often for filters."""
+"""Rows of sampling on the device: logits are read once for a greedy token or a draw, and more often for filters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from deploy.bench.cuda.rows import Call, Case, Row, sets
 from kernels.sampling import key, sample_rows
 
-VOCABULARIES = (32_000, 128_256, 151_936)
+LLAMA, VOCABULARIES = 128_256, (32_000, 151_936)  # tokens
 BATCHES = (1, 64, 256)
 MODES = {  # name -> temperature, top-k, top-p
     "greedy": (0.0, 0, 1.0),
@@ -24,7 +24,7 @@ FILTERED_US = 25.0
 
 
 def rows() -> list[Row]:
-    shapes = [(batch, 128_256) for batch in BATCHES] + [(64, vocabulary) for vocabulary in VOCABULARIES if vocabulary != 128_256]
+    shapes = [*((batch, LLAMA) for batch in BATCHES), *((64, vocabulary) for vocabulary in VOCABULARIES)]
     return [_row(batch, vocabulary, mode) for batch, vocabulary in shapes for mode in MODES]
 
 

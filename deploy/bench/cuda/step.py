@@ -1,6 +1,6 @@
-"""Rows of a whole decode step, embedding to token, of a model of Llama 3 8B's shape: against reading its weights and KV once.
+"""Rows of a whole decode step of a model of Llama 3 8B's shape: against reading its weights and KV once.
 
-The engine's decoder and batch, the captured graph's worth of work; what the host does between two steps is not in it.
+The engine's decoder and batch, from embedding to token, as one graph; what the host does between steps is not in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of a handoff's way between the GPU and the host: the worker's own block copies, in batches, as its stores get them.
+"""Rows of a handoff's way between the GPU and the host: the worker's own block copies, in batches.
 
 The limit is a plain copy between pinned memory and the device, measured in the same row. By the wall clock: what the
 host does between two batches is part of it. Blocks of Llama 3 8B, 2 MiB.
@@ -56,7 +56,8 @@ class Transfer:
     def run(self, limits: Limits) -> Answer:
         cache = _cache(POOL * self.blocks)
         cache.blocks.normal_()
-        wholes = DeviceBlocks(DeviceCache(cache.blocks, Cuda()), layout(LLAMA, "bfloat16", BLOCK_SIZE), whole(sizes(LLAMA)))
+        block_layout, shard = layout(LLAMA, "bfloat16", BLOCK_SIZE), whole(sizes(LLAMA))
+        wholes = DeviceBlocks(DeviceCache(cache.blocks, Cuda()), block_layout, shard)
         ids = torch.randperm(len(cache.blocks))[: self.blocks].tolist()
         batches = [ids[i : i + wholes.batch] for i in range(0, len(ids), wholes.batch)]
         host = [wholes.staging(len(batch)).random_() for batch in batches]
