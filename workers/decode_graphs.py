@@ -49,16 +49,17 @@ def _shape(rows: int, keys: int, block_size: int) -> Shape:
 
 
 class Staging:
-    """Words in pinned memory on their way to the device, one step's at a time."""
+    """Words in pinned memory on their way to the device."""
 
     def __init__(self, device: Device, block_size: int) -> None:
         self._device, self._block_size = device, block_size
-        self._pinned = device.staging(0)
+        self._pinned, self._next = device.staging(0), device.staging(0)
 
     def send(self, step: Plan | None, shape: Shape, target: Tensor | None = None) -> Tensor:
-        """Copies the words of a step, to `target` or to new memory, and returns where they are. The step before must
-        have ended: its words may still be on their way until then."""
+        """Copies the words of a step, to `target` or to new memory, and returns where they are. The step before the
+        last must have ended: its words may still be on their way until then."""
         count = fields(shape)[1]
+        self._pinned, self._next = self._next, self._pinned
         if self._pinned.numel() < count * WORD:
             self._pinned = self._device.staging(count * WORD)
         source = self._pinned[: count * WORD].view(torch.int32)

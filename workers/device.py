@@ -37,6 +37,10 @@ class Device:
     def synchronize(self) -> None:
         """Everything that this thread has begun has ended."""
 
+    def mark(self) -> Callable[[], None]:
+        """Waits for everything that this thread has begun so far, and for nothing that it begins later."""
+        return lambda: None
+
     @contextmanager
     def copying(self) -> Iterator[None]:
         """What is begun inside runs beside the steps, and has ended when this returns."""
@@ -79,6 +83,11 @@ class Cuda(Device):
 
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.place).synchronize()
+
+    def mark(self) -> Callable[[], None]:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.place))
+        return event.synchronize
 
     @contextmanager
     def copying(self) -> Iterator[None]:

@@ -13,8 +13,9 @@ as in kernels/reference.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Several
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,8 @@ class Shape:
 
     def holds(self, other: Shape) -> bool:
         """Only a step of decodes can be padded: a row of padding has to be a sequence of its own."""
-        return self.tiles == other.tiles == 0 and all(
-            a >= b for a, b in zip(astuple(self), astuple(other), strict=True)
-        )
+        enough = self.rows >= other.rows and self.width >= other.width and self.items >= other.items
+        return enough and self.tiles == other.tiles == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ def fields(shape: Shape) -> tuple[dict[str, Field], int]:
     s = shape
     wanted: list[tuple[str, tuple[int, ...], bool]] = [
         ("token_ids", (s.rows,), False),
+        ("sources", (s.rows,), False),
         ("positions", (s.rows,), False),
         ("slots", (s.rows,), False),
         ("lengths", (s.sequences,), False),
@@ -129,10 +130,15 @@ class Plan:
     item_starts: Words  # [decodes + 1]
     tiles: Words  # [P, 2]
     fresh: tuple[int, ...]  # blocks that this step begins and does not fill
+    sources: Words  # [decodes] row of the samples of the step before that its token is; -1: it is known
+    sampled: dict[Sequence, int]  # -> row of its samples
 
 
-def plan(given: Several[Chunk], tables: BlockTables, block_size: int, group: int) -> Plan:
-    """At least one chunk. `group`: query heads that share keys."""
+def plan(
+    given: Several[Chunk], tables: BlockTables, block_size: int, group: int, before: Mapping[Sequence, int]
+) -> Plan:
+    """At least one chunk. `group`: query heads that share keys. `before`: where, among the samples of the step before,
+    the tokens of chunks that are ahead are."""
     order = sorted(range(len(given)), key=lambda index: given[index].take > 1)  # stable: decodes, then prefills
     chunks = [given[index] for index in order]
     decodes = sum(chunk.take == 1 for chunk in chunks)
@@ -155,6 +161,8 @@ def plan(given: Several[Chunk], tables: BlockTables, block_size: int, group: int
         items=items,
         item_starts=item_starts,
         tiles=tiles,
+        sources=np.array([before[c.sequence] if c.ahead else -1 for c in chunks[:decodes]], np.int32),
+        sampled={chunks[place].sequence: row for row, place in enumerate(taken)},
         fresh=tuple(block for chunk in chunks for block in _fresh(chunk, block_size)),
     )
 
@@ -184,7 +192,7 @@ def fill(buffer: Words, shape: Shape, step: Plan | None, block_size: int) -> Non
         views["block_tables"][index, : len(used)] = used
     token_ids: list[int] = []
     for chunk in step.chunks:
-        token_ids += chunk.sequence.tokens[chunk.first : chunk.first + chunk.take]
+        token_ids += [0] if chunk.ahead else chunk.sequence.tokens[chunk.first : chunk.first + chunk.take]
     views["token_ids"][: len(token_ids)] = token_ids
     takes = np.diff(step.query_starts)
     sequences = np.repeat(np.arange(count), takes)
@@ -192,6 +200,7 @@ def fill(buffer: Words, shape: Shape, step: Plan | None, block_size: int) -> Non
     blocks = views["block_tables"][sequences, positions // block_size]
     views["positions"][: len(token_ids)] = positions
     views["slots"][: len(token_ids)] = blocks * block_size + positions % block_size
+    views["sources"][: len(step.sources)] = step.sources
     views["lengths"][:count] = step.lengths
     views["query_starts"][: count + 1] = step.query_starts
     views["decode_items"][: len(step.items)] = step.items
@@ -206,13 +215,15 @@ def _fill_samples(views: dict[str, npt.NDArray[Any]], step: Plan) -> None:
     decodes = step.shape.decodes
     prefills = [last_rows[place] for place in range(decodes, len(step.chunks)) if step.chunks[place].samples]
     views["sample_rows"][: len(step.draws)] = [*last_rows[:decodes], *prefills]
-    for row, draw in enumerate(step.draws):
-        if draw is None or draw.greedy:
-            continue  # as padding
-        s = draw.sampling
-        views["temperature"][row], views["top_k"][row] = s.temperature, s.top_k
-        views["top_p"][row], views["min_p"][row] = s.top_p, s.min_p
-        views["words"][row] = np.array(key(s.seed, len(draw.tokens)), np.uint32).view(np.int32)
+    drawn = [(row, draw) for row, draw in enumerate(step.draws) if draw is not None and not draw.greedy]
+    if not drawn:
+        return
+    rows, sampling = [row for row, _ in drawn], [draw.sampling for _, draw in drawn]
+    counts = views["positions"][views["sample_rows"][rows]] + 1
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        views[name][rows] = [getattr(s, name) for s in sampling]
+    words = [key(s.seed, int(tokens)) for s, tokens in zip(sampling, counts, strict=True)]
+    views["words"][rows] = np.array(words, np.uint32).view(np.int32)
 
 
 def _pad(views: dict[str, npt.NDArray[Any]], shape: Shape) -> None:
@@ -220,6 +231,7 @@ def _pad(views: dict[str, npt.NDArray[Any]], shape: Shape) -> None:
     for view in views.values():
         view.fill(0)
     views["slots"].fill(-1)
+    views["sources"].fill(-1)
     views["decode_items"][:, 0] = -1
     views["top_p"].fill(1.0)
     if shape.tiles == 0:  # every row is a sequence
@@ -240,6 +252,7 @@ class DeviceBatch:
     """Views of a step's words on the device; all int32 but for the three that are float64."""
 
     token_ids: Tensor  # [T]
+    sources: Tensor  # [T] row of the samples of the step before that a row's token is; -1: its token id is here
     positions: Tensor  # [T]
     slots: Tensor  # [T]
     step: PagedStep

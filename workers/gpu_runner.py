@@ -1,14 +1,16 @@
 """The stage that computes on a GPU, behind `workers.runner.Stage`: as `model_runner`, with kernels that walk block
 tables, decode steps replayed from graphs, tokens chosen where the logits are, and a KV cache as large as memory allows.
 
-Owns no policy and keeps no sequence but for arrays of the block tables of those in the last step. Every step has ended,
-and all that it wrote can be copied by whoever likes, when `run` returns.
+A worker that is one shard is a step ahead (`workers.foresight`): tokens stay on the device for the step that follows.
+Owns no policy and keeps no sequence but for what the last step was about. A step has ended, and all that it wrote can
+be copied by whoever likes, when it was collected.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +53,18 @@ class _Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step in flight: what of it the host reads once it has ended."""
+
+    step: Plan
+    chunks: int
+    tokens: Tensor | None  # [R] int64, pinned
+    rows: list[int]  # of the samples, whose tokens the host chooses
+    logits: Tensor | None  # [len(rows), V]
+    wait: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """The largest step and the longest sequence."""
 
@@ -85,6 +99,11 @@ class GpuRunner(Alone):
         self._tables = BlockTables()
         self._staging = Staging(device, block_layout.tokens)
         self._graphs: DecodeGraphs[_Computed] | None = None
+        self._chosen = torch.zeros(limits.max_sequences, dtype=torch.int32, device=device.place)  # by the last step
+        self._sampled: dict[Sequence, int] = {}  # where each sequence's is
+        self._flight: deque[_Flight] = deque()
+        if shard.tp == shard.pp == 1:
+            self.depth, self.ahead = 2, True
 
     @classmethod
     def load(
@@ -139,50 +158,70 @@ class GpuRunner(Alone):
             log.warning("decode steps are launched kernel by kernel: they cannot be captured (%s)", reason)
 
     def run(self, chunks: list[Chunk]) -> list[int | None]:
+        self.submit(chunks)
+        return self.collect()
+
+    def submit(self, chunks: list[Chunk]) -> None:
         with torch.inference_mode():
-            step = plan(chunks, self._tables, self.layout.tokens, self._group)
+            step = plan(chunks, self._tables, self.layout.tokens, self._group, self._sampled)
+            self._sampled = step.sampled
             if step.fresh:
                 self._cache.clear(torch.tensor(step.fresh, device=self._device.place))
             computed = self._graphs.run(step) if self._graphs is not None else None
             if computed is None:
                 computed = self._compute(DeviceBatch.over(self._staging.send(step, step.shape), step.shape))
-            tokens: list[int | None] = [None] * len(chunks)
-            for row, token in self._tokens(step, computed):
-                tokens[step.answers[row]] = token
-            self._device.synchronize()
-            return tokens
+            self._flight.append(self._begun(step, computed, len(chunks)))
+
+    def collect(self) -> list[int | None]:
+        flight = self._flight.popleft()
+        flight.wait()
+        tokens: list[int | None] = [None] * flight.chunks
+        for row, token in self._tokens(flight):
+            tokens[flight.step.answers[row]] = token
+        return tokens
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         return self._cache.bytes_of(index)
 
     def _compute(self, batch: DeviceBatch) -> _Computed:
         """All that a graph holds."""
+        known = batch.sources < 0
+        before = self._chosen.index_select(0, batch.sources.clamp(min=0))
+        batch = replace(batch, token_ids=torch.where(known, batch.token_ids, before))
         logits = self._decoder.forward(batch, self._cache)
         if logits is None or self.shard.tp > 1:
             return _Computed(logits, None)
-        return _Computed(
-            logits, sample_rows(logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.words)
-        )
+        tokens = sample_rows(logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.words)
+        self._chosen[: len(tokens)].copy_(tokens)
+        return _Computed(logits, tokens)
 
-    def _tokens(self, step: Plan, computed: _Computed) -> list[tuple[int, int]]:
-        """(row of the samples, token) of those that somebody wants."""
-        wanted = [(row, draw) for row, draw in enumerate(step.draws) if draw is not None]
-        if computed.logits is None or not wanted:
-            return []
-        if computed.tokens is None:
-            rows = torch.tensor([row for row, _ in wanted], device=self._device.place)
-            draws = [draw for _, draw in wanted]
-            found = sample_slice(computed.logits[rows], draws, self.shard, self.vocab_size, self._links)
-            return [(row, token) for (row, _), token in zip(wanted, found, strict=True)]
-        drawn: list[int] = computed.tokens.tolist()
-        tokens = {row: drawn[row] for row, _ in wanted}
+    def _begun(self, step: Plan, computed: _Computed, chunks: int) -> _Flight:
+        """What the host wants of a step, on its way there: the next step writes over what is in a graph's memory."""
+        tokens = None
+        if computed.tokens is not None:
+            tokens = self._device.staging(8 * len(computed.tokens)).view(torch.int64)
+            tokens.copy_(computed.tokens, non_blocking=True)
         # penalties and biases are of the whole sequence so far, which is on the host
-        adjusted = [(row, draw) for row, draw in wanted if draw.adjusted]
-        if adjusted:
-            logits = computed.logits[[row for row, _ in adjusted]].cpu()
-            found = sample(logits, [draw for _, draw in adjusted])
-            tokens |= {row: token for (row, _), token in zip(adjusted, found, strict=True)}
-        return list(tokens.items())
+        wanted = [(row, draw) for row, draw in enumerate(step.draws) if draw is not None]
+        rows = [row for row, draw in wanted if tokens is None or draw.adjusted]
+        logits = computed.logits[rows] if computed.logits is not None and rows else None
+        return _Flight(step, chunks, tokens, rows, logits, self._device.mark())
+
+    def _tokens(self, flight: _Flight) -> list[tuple[int, int]]:
+        """(row of the samples, token) of those that somebody wants."""
+        found: dict[int, int] = {}
+        if flight.tokens is not None:
+            drawn: list[int] = flight.tokens.tolist()
+            found = {row: drawn[row] for row, draw in enumerate(flight.step.draws) if draw is not None}
+        if flight.logits is not None:
+            draws = [draw for row in flight.rows if (draw := flight.step.draws[row]) is not None]
+            with torch.inference_mode():
+                if self.shard.tp == 1:
+                    chosen = sample(flight.logits.cpu(), draws)
+                else:
+                    chosen = sample_slice(flight.logits, draws, self.shard, self.vocab_size, self._links)
+            found |= dict(zip(flight.rows, chosen, strict=True))
+        return list(found.items())
 
 
 def check(architecture: Architecture, block_layout: Layout) -> None:

@@ -9,7 +9,7 @@ stage for a Runner (`Alone`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,11 +28,12 @@ class Chunk:
     sequence: Sequence
     first: int
     take: int
+    ahead: int = 0  # of these, the last so many are tokens that the step before chooses
+    samples: bool = field(init=False)  # it ends with the last token there is, so its last logits choose the next one
 
-    @property
-    def samples(self) -> bool:
-        """It ends with the last token there is, so its last logits choose the next one."""
-        return self.first + self.take == len(self.sequence.tokens)
+    def __post_init__(self) -> None:
+        last = self.first + self.take == len(self.sequence.tokens) + self.ahead
+        object.__setattr__(self, "samples", last)  # for good: the token may be known by the time it is collected
 
 
 class Stage(Protocol):
@@ -65,6 +66,7 @@ class Runner(Protocol):
     vocab_size: int
     device_cache: DeviceCache | None
     depth: int  # steps that may be in flight
+    ahead: bool  # it computes them one by one, so a step may go on from tokens that the one in flight chooses
 
     def submit(self, chunks: list[Chunk]) -> None:
         """Begin a step. No more than `depth` of them may be without their `collect`."""
@@ -84,6 +86,7 @@ class Alone(ABC):
 
     peers: tuple[str, ...] = ()
     depth = 1
+    ahead = False
     device_cache: DeviceCache | None = None
 
     def submit(self, chunks: list[Chunk]) -> None:

@@ -39,7 +39,7 @@ def words(step: Plan | None, shape: Shape) -> DeviceBatch:
 
 
 def planned(chunks: list[Chunk]) -> Plan:
-    return plan(chunks, BlockTables(), BLOCK, GROUP)
+    return plan(chunks, BlockTables(), BLOCK, GROUP, {})
 
 
 def test_rows_are_decodes_first_and_say_where_each_token_goes() -> None:

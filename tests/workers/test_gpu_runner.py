@@ -16,6 +16,7 @@ from workers.architecture import load_architecture, sizes
 from workers.device import Device
 from workers.gpu_runner import GpuRunner, Limits
 from workers.runner import Chunk
+from workers.sequence import Sequence
 from workers.shard import shards
 
 GREEDY = Sampling(temperature=0.0, max_tokens=1000)
@@ -83,6 +84,41 @@ def test_steps_of_decodes_are_replayed_and_others_are_not(model: Path) -> None:
             s.tokens.append(token)
         replayed.append(device.replayed)
     assert replayed == [0, 1, 2]
+
+
+def test_a_step_goes_on_from_tokens_that_the_host_has_not_seen(model: Path) -> None:
+    runner = gpu_runner(model)
+    given = prompts([20, 30, 9, 33])
+    expected = generate(cpu_runner(model), given, 5, GREEDY)
+    a, b, c, d = made = [sequence(str(i), p, [*range(8 * i, 8 * i + 8)], GREEDY) for i, p in enumerate(given)]
+    steps: list[list[Chunk]] = []
+
+    def submit(*parts: tuple[Sequence, int, int]) -> None:
+        chunks = []
+        for s, take, ahead in parts:
+            chunks.append(Chunk(s, s.computed + s.in_flight, take, ahead))
+            s.in_flight += take
+        runner.submit(chunks)
+        steps.append(chunks)
+
+    def collect() -> None:
+        for chunk, token in zip(steps.pop(0), runner.collect(), strict=True):
+            chunk.sequence.computed += chunk.take
+            chunk.sequence.in_flight -= chunk.take
+            if token is not None:
+                chunk.sequence.tokens.append(token)
+
+    submit((a, 20, 0), (b, 30, 0), (c, 9, 0))
+    submit((c, 1, 1), (a, 1, 1))  # a graph after a step that was none, in another order
+    collect()
+    submit((a, 1, 1), (b, 1, 0), (c, 1, 1))
+    collect()
+    submit((d, 20, 0), (c, 1, 1), (b, 1, 1), (a, 1, 1))  # and one that is none after a graph
+    collect()
+    submit((d, 13, 0), (a, 1, 1))
+    collect()
+    collect()
+    assert [s.tokens[s.prompt_length :] for s in made] == [e[:n] for e, n in zip(expected, (5, 3, 4, 1), strict=True)]
 
 
 def test_a_decode_that_ends_no_sequence_yields_no_token(model: Path) -> None:
