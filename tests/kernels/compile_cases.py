@@ -85,13 +85,13 @@ def _attention(queries: int, instructions: Mapping[int, str]) -> list[Case]:
         case(BF16, BF16, 64, 3),
         case(BF16, INT8, 64, 3),
         case(FP16, FP16, 96, 1),
-        case(BF16, BF16, 80, 16),
         case(BF16, BF16, 256, 8),
         case(BF16, E4M3, 256, 8),
         case(FP32, FP32, 64, 3),
     ]
     if not prefill:
-        found += [case(BF16, BF16, 128, 4, 64), case(FP32, FP32, 128, 4), case(FP32, FP32, 256, 8)]
+        found += [case(BF16, BF16, 128, 4, 64), case(BF16, BF16, 80, 16)]
+        found += [case(FP32, FP32, 128, 4), case(FP32, FP32, 256, 8)]
     return found
 
 

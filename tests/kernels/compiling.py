@@ -1,8 +1,7 @@
 """The Triton kernels' machine code against golden.toml, which says what each may use. Needs no GPU, pytest or ptxas.
 
-    python -m tests.kernels.compiling            compile all, compare; exit status 1 and a line for whatever is worse
-    python -m tests.kernels.compiling --write    rewrite this version of Triton's part of golden.toml
-    python -m tests.kernels.compiling --family triton_decode      one family, as JSON
+    python -m tests.kernels.compiling [FAMILY ...]            compare; exit status 1 and a line for whatever is worse
+    python -m tests.kernels.compiling --write [FAMILY ...]    rewrite this version of Triton's part of golden.toml
 
 Each family is compiled in a process of its own: what LLVM dislikes it answers by aborting. Registers and shared memory
 may shrink and may not grow. Whatever golden.toml says, no kernel may use more shared memory than a CTA can have; nor
@@ -27,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden.toml")
 SECONDS = 300  # for one family
 Found = dict[str, dict[str, Any]]  # name -> fields of deploy.bench.cuda.compiled.Resources, and what the case adds
-HEADER = """# What the Triton kernels use, by version of Triton, family and launch: registers per thread, bytes of shared
-# memory per CTA, tensor-core instructions. Written by `python -m tests.kernels.compiling --write`; a test compares.
+HEADER = """# What Triton's kernels use, by version of Triton, family and launch: registers per thread, bytes of shared memory
+# per CTA, tensor-core instructions. Written by `python -m tests.kernels.compiling --write`; a test compares.
 """
 
 
@@ -58,7 +57,7 @@ def in_process(family: str) -> Found:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiling", "--family", family],
+        [sys.executable, "-m", "tests.kernels.compiling", "--here", family],
         capture_output=True,
         text=True,
         env=environment,
@@ -119,15 +118,16 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.compiling", description=__doc__)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--family", choices=sorted(FAMILIES))
+    parser.add_argument("--here", help=argparse.SUPPRESS)  # one family, in this process, as JSON
+    parser.add_argument("families", nargs="*", help="all, unless some are named: " + ", ".join(FAMILIES))
     given = parser.parse_args()
-    if given.family:
-        sys.stdout.write(json.dumps(compile_family(given.family)) + "\n")
+    if given.here:
+        sys.stdout.write(json.dumps(compile_family(given.here)) + "\n")
         return 0
-    found = {family: in_process(family) for family in FAMILIES}
+    found = {family: in_process(family) for family in given.families or FAMILIES}
     golden = read_golden()
     if given.write:
-        golden[triton.__version__] = found
+        golden.setdefault(triton.__version__, {}).update(found)
         write_golden(golden)
     allowed = golden.get(triton.__version__, {})
     wrong = [line for family, kernels in found.items() for line in problems(kernels, allowed.get(family, {}))]

@@ -24,6 +24,7 @@ LENGTHS = {
     "128 x 100 to 8k": tuple(int(n) for n in np.random.default_rng(1).integers(100, 8192, 128)),
 }
 LARGE = ("16 x 8k", "64 x 4k", "256 x 1k")
+LAYERS = 4  # of the cache, at least: a block's heads lie apart, as in a model
 CHECKED = 4  # sequences
 TOLERANCE = {torch.bfloat16: 5e-3, torch.int8: 1e-2, torch.float8_e4m3fn: 1e-2}
 
@@ -62,14 +63,14 @@ def _row(heads: Heads, block_size: int, name: str, dtype: torch.dtype) -> Row:
 
 
 def _build(heads: Heads, block_size: int, lengths: Sequence[int], dtype: torch.dtype, total: float) -> Case:
-    layers = sets(total)
+    layers = max(LAYERS, sets(total))
     one = paged(lengths, [1] * len(lengths), heads, block_size, layers, dtype)
     q = torch.randn(len(lengths), heads.queries, heads.dim, dtype=torch.bfloat16, device="cuda")
     scale = heads.dim**-0.5
     calls = [_call(q, one, layer, scale) for layer in range(layers)]
     named: dict[str, Callable[[], Sequence[Call]]] = {}
     if dtype is torch.bfloat16 and len(set(lengths)) == 1:
-        named["SDPA, dense"] = functools.partial(peers.sdpa_decode, len(lengths), lengths[0], heads, layers)
+        named["SDPA, dense"] = functools.partial(peers.sdpa_decode, len(lengths), lengths[0], heads, sets(total))
     if lengths is LENGTHS["64 x 4k"] and heads == LLAMA and dtype is not torch.int8:
         named["FlashInfer, paged"] = functools.partial(peers.flashinfer_decode, q, one, lengths, heads)
         if dtype is torch.bfloat16 and block_size == 64:

@@ -25,7 +25,7 @@ BLOCK_SIZE = 16
 PROMPTS = (1, 15, 16, 17, 200, 600)  # tokens
 NEW = 48
 CHUNK = 256  # tokens of a prefill
-MODEL = {
+MODEL: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -75,7 +75,7 @@ def generate(runner: Stage, new: int = NEW) -> list[list[int]]:
     random = torch.Generator().manual_seed(1)
     sequences, block = [], 0
     for length in PROMPTS:
-        prompt = torch.randint(0, int(MODEL["vocab_size"]), (length,), generator=random).tolist()
+        prompt = torch.randint(0, MODEL["vocab_size"], (length,), generator=random).tolist()
         sampling = Sampling(max_tokens=new, temperature=0.0)
         sequence = Tokens(Generation(str(length), tuple(prompt), (), sampling, b"", 0), "", b"", 0.0)
         blocks = -(-(length + new) // BLOCK_SIZE)
@@ -118,7 +118,8 @@ def _against_transformers(directory: Path) -> Answer:
     from transformers import AutoModelForCausalLM
 
     ours = generate(_gpu(directory, "bfloat16"))
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to("cuda").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model = model.to("cuda").eval()
     chosen = [_gaps(model, tokens, length) for tokens, length in zip(ours, PROMPTS, strict=True)]
     exact = [_gaps(model.float(), tokens, length) for tokens, length in zip(ours, PROMPTS, strict=True)]
     firsts = [next((i for i, gap in enumerate(gaps) if gap > 0), None) for gaps in chosen]

@@ -102,7 +102,7 @@ def step(a: Architecture, batch: int, context: int) -> tuple[DeviceBatch, KvCach
         sequence = Sequence(Generation(str(index), prompt, (), Sampling(), b"", 0), "", b"", 0.0)
         sequence.block_table = order[index * each : (index + 1) * each]
         chunks.append(Chunk(sequence, context - 1, 1))
-    planned = plan(chunks, BlockTables(), BLOCK_SIZE, a.num_heads // a.num_kv_heads)
+    planned = plan(chunks, BlockTables(), BLOCK_SIZE, a.num_heads // a.num_kv_heads, {})
     words = np.zeros(fields(planned.shape)[1], np.int32)
     fill(words, planned.shape, planned, BLOCK_SIZE)
     device = torch.tensor(words.tolist(), dtype=torch.int32, device="cuda")

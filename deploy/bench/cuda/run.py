@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,13 +70,18 @@ def _process(command: Sequence[str], log: Path, deadline: float) -> str | None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     left = max(1.0, deadline - time.monotonic())
     with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
-            ended = subprocess.run(command, stdout=output, stderr=output, env=environment, timeout=left)
+            status = process.wait(left)
         except subprocess.TimeoutExpired:
             return "its unit's time was up"
-    if ended.returncode == 0:
+        finally:
+            if process.poll() is None:  # then whatever it started, compilers and servers, ends with it
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if status == 0:
         return None
-    return f"its process ended with {ended.returncode}: {log.read_text(errors='replace')[-ERROR_CHARACTERS:].strip()}"
+    return f"its process ended with {status}: {log.read_text(errors='replace')[-ERROR_CHARACTERS:].strip()}"
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
