@@ -1,9 +1,9 @@
 """Attention over the paged KV cache for one step of a mixed batch: the entry, and what a step must say about itself.
 
-A step is B sequences. The first `decodes` of them have one query each and are cut along their keys (`decode_items`); the
-others have any number of queries, and are cut along these (`prefill_tiles`): a prompt's chunk, or a few tokens to
-verify. On a GPU, triton_decode and triton_prefill serve the two kinds; on a CPU, a plain form in fp32 that says what both
-must give. Nothing is written to the cache, and nothing here knows whose a block is. (The engine on a CPU uses
+A step is B sequences. The first `decodes` of them have one query each and are cut along their keys (`decode_items`);
+the others have any number of queries, and are cut along these (`prefill_tiles`): a prompt's chunk, or a few tokens to
+verify. On a GPU, triton_decode and triton_prefill serve the two kinds; on a CPU, a plain form in fp32 that says what
+both must give. Nothing is written to the cache, and nothing here knows whose a block is. (The engine on a CPU uses
 `kernels.attention`, which is made for that machine.)
 """
 

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
 """The loop that decode and prefill share: a tile of queries against a range of one sequence's keys, in one pass.
 
 Contract  q [M, D] of one KV head's group, keys [begin, end) of the sequence in tiles of TILE. The softmax is the online
@@ -11,6 +10,7 @@ Layout    keys and values are [block size, D] tiles, found through the block tab
           multiply weights, which fp16 could not hold if V were small: so they are taken relative to `unit`, the
           largest power of two seen among them, which makes every rescaling exact.
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -83,10 +83,8 @@ def attend_range(
     for start in range(begin, end, TILE):
         columns = start + tl.arange(0, TILE)
         stored = (columns >= low) & (columns < high)
-        blocks = (
-            tl.load(table + columns // BLOCK, mask=stored, other=0) if MASKED else tl.load(table + columns // BLOCK)
-        )
-        blocks = blocks.to(tl.int64)
+        entries = table + columns // BLOCK
+        blocks = (tl.load(entries, mask=stored, other=0) if MASKED else tl.load(entries)).to(tl.int64)
         offsets = blocks * block_stride + columns % BLOCK * D
         k = operand(load_rows(keys, offsets, stored, D, D_PAD, MASKED), COMPUTE)
         scores = dot(q, tl.trans(k), tl.zeros([M, TILE], tl.float32))

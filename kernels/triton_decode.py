@@ -1,16 +1,17 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
 """Paged decode attention, split along the keys, and the merge of the parts (FlashDecoding; FlashInfer's work list).
 
-Contract  row i < decodes of q attends to all keys of sequence i, or to its last `window`. A work item is (sequence, chunk
-          of 512 keys) for one KV head: it leaves a normalised partial result and its log-sum-exp, and `_merge` weighs a
-          row's parts. The chunk's size is fixed, so a row's result is the same bits in any batch. The grid is constant
-          for given capacities: programs walk a list whose length they read on the device, so a CUDA graph can replay it.
+Contract  row i < decodes of q attends to all keys of sequence i, or to its last `window`. A work item is (sequence,
+          chunk of 512 keys) for one KV head: it leaves a normalised partial result and its log-sum-exp, and `_merge`
+          weighs a row's parts. The chunk's size is fixed, so a row's result is the same bits in any batch. The grid
+          depends on capacities only: programs walk a list whose length they read on the device, so that a CUDA graph
+          can replay it.
 Layout    q [T, Hq, D] by strides; cache tiles [block size, D]; partials [I, Hq, D] and their lse [I, Hq], fp32. The G
-          query heads of a KV head are rows of one multiplication, padded to 16: mma.sync's M, far from its limit here.
-Floor     bytes: keys * Hkv * 2 D * element (+ 8 for an 8-bit cache's scales) + T * Hq * D * 4; the partials add
-          8 G / (512 * element), 1.6 % at G = 4 in bf16. FLOP: 4 * keys * Hq * D, so 2 G / element per byte: memory bound.
+          query heads of a KV head are rows of one multiplication, padded to mma.sync's 16: far from its limit here.
+Floor     bytes: keys * Hkv * (2 D * element, and 8 of scales if 8-bit) + 4 T Hq D; partials add 4 G / (512 * element),
+          1.6 % at G = 4 in bf16. FLOP: 4 * keys * Hq * D, which is 2 G / element per byte: memory bound.
 Source    arXiv:2307.08691 (FlashAttention-2) and the FlashDecoding note, arXiv:2501.01005 (FlashInfer: work lists).
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -30,10 +31,10 @@ PROGRAMS_PER_PROCESSOR = 8  # about twice what fits at once, so that the last on
 INTERPRETED_PROGRAMS = 3  # in the interpreter, which has no processors: fewer than there are items
 # (D, padded to a power of two; bytes per element of the cache): keys per step of the loop, warps, buffers of the loads
 CONFIGURATIONS: dict[tuple[int, int], dict[str, int]] = {
-    (64, 1): {"TILE": 64, "num_warps": 4, "num_stages": 3},
+    (64, 1): {"TILE": 64, "num_warps": 4, "num_stages": 5},
     (64, 2): {"TILE": 64, "num_warps": 4, "num_stages": 5},
     (64, 4): {"TILE": 64, "num_warps": 4, "num_stages": 3},
-    (128, 1): {"TILE": 64, "num_warps": 4, "num_stages": 3},
+    (128, 1): {"TILE": 32, "num_warps": 4, "num_stages": 5},
     (128, 2): {"TILE": 64, "num_warps": 4, "num_stages": 5},
     (128, 4): {"TILE": 32, "num_warps": 4, "num_stages": 3},
     (256, 1): {"TILE": 32, "num_warps": 4, "num_stages": 3},

@@ -1,5 +1,5 @@
-"""Steps for paged attention, and what must come out: random KV in permuted blocks of a cache that is poisoned everywhere
-else, and the oracle's answer in fp64."""
+"""Steps for paged attention, and what must come out: random KV in permuted blocks of a cache that is poisoned
+everywhere else, and the oracle's answer in fp64."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def case(
     decodes: int = 0,
     *,
     group: int = 3,
-    kv_heads: int = 2,
+    kv_heads: int = 1,
     dim: int = 64,
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
@@ -71,8 +71,9 @@ def case(
     """Sequences of `lengths` keys, of which the last `queries` are this step's. `seed` and a
     sequence's length make what it computes, `shuffle` where that lies."""
     counts = [-(-length // block_size) for length in lengths]
-    cache, scales = _poisoned(sum(counts) + 2, kv_heads, block_size, dim, kv_dtype or dtype)
-    free = np.random.default_rng(shuffle).permutation(len(cache)).tolist()
+    cache, scales = _poisoned(sum(counts) + 3, kv_heads, block_size, dim, kv_dtype or dtype)
+    # block 0, which a masked load of the table gives, stays poisoned
+    free = (1 + np.random.default_rng(shuffle).permutation(len(cache) - 1)).tolist()
     tables = torch.full((len(lengths), max([1, *counts]) + 1), free.pop(), dtype=torch.int32)
     q, keys, values = [], [], []
     for sequence, (length, count) in enumerate(zip(lengths, queries, strict=True)):

@@ -47,7 +47,7 @@ def test_more_parts_than_are_merged_at_once() -> None:
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 def test_no_bit_depends_on_batch_mates_or_on_where_blocks_are(kv_dtype: torch.dtype | None) -> None:
-    lengths = [40, CHUNK + 9, 200, 2 * CHUNK]
+    lengths = [40, CHUNK + 9, 200]
     together, _ = decodes(lengths, dtype=BF16, kv_dtype=kv_dtype).run()
     elsewhere, _ = decodes(lengths[::-1], dtype=BF16, kv_dtype=kv_dtype, shuffle=1).run()
     alone = [decodes([length], dtype=BF16, kv_dtype=kv_dtype, shuffle=2).run()[0][0] for length in lengths]
@@ -57,7 +57,7 @@ def test_no_bit_depends_on_batch_mates_or_on_where_blocks_are(kv_dtype: torch.dt
 
 @pytest.mark.parametrize("window", [0, 600])
 def test_splitting_changes_nothing_but_rounding(window: int) -> None:
-    lengths = [3 * CHUNK - 1, CHUNK + 1, 5]
+    lengths = [2 * CHUNK - 1, CHUNK + 1, 5]
     split, split_lse = decodes(lengths).run(window)
     whole, whole_lse = case(lengths, [1] * 3).run(window)
     torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-5)
