@@ -3,7 +3,7 @@
 Contract   y = rms_norm(x, weight); or hidden += x in place, y = rms_norm(hidden). Statistics in fp32. What is rounded
            where is Hugging Face's: the residual stream as it is stored is what is normalised, and either the
            normalised value is rounded and then multiplied by the weight (Llama) or multiplied by 1 + weight in fp32
-           (Gemma). Not for rows of more than 32,768 values.
+           (Gemma). Not for rows of more than 16,384 values.
 Layout     x [A, B, C] with any strides but C's, which is 1; weight [C], or [B, C] with one row per head; y contiguous.
            One program per row, the whole row in registers: a row's result does not depend on how many there are.
 Floor      2 rows of bytes moved per row alone, 4 with the residual: 8 T C bytes in bf16. About 6 FLOPs per value.
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from kernels.triton_math import rounded
 
-# values of a row, as a power of two -> warps: 128-bit loads, and at most 16 values per thread
-LAUNCH = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16, 16384: 32, 32768: 32}
+# values of a row, as a power of two -> warps: 128-bit loads, and 16 values per thread; more would spill
+LAUNCH = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16, 16384: 32}
 
 
 @triton.jit

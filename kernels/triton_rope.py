@@ -22,7 +22,9 @@ from torch import Tensor
 from kernels.triton_math import rounded
 from kernels.triton_quantization import level_of, scale_of
 
-LAUNCH = {"heads": 16, "num_warps": 4}  # of a program; D = 128: 16 values per thread
+HEADS_PER_PROGRAM = 16
+# D / 2 as a power of two -> warps: 8 values of each half per thread, one 128-bit load of 16-bit values
+LAUNCH = {16: 1, 32: 2, 64: 4, 128: 8}
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def rope_write_kernel(
     scale_kind,
     scale_slot,
     D: tl.constexpr,
-    HALF: tl.constexpr,  # D / 2 as a power of two
+    HALF: tl.constexpr,  # D / 2, or the next power of two
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
     QUANTIZED: tl.constexpr,
@@ -115,8 +117,10 @@ def rope_write_inplace(
     tokens, all_heads, dim = qkv.shape
     if not tokens:
         return
-    per_scale = scales.stride() if scales is not None else (0, 0, 0, 0)
-    rope_write_kernel[(tokens, triton.cdiv(all_heads, LAUNCH["heads"]))](
+    half = max(min(LAUNCH), triton.next_power_of_2(dim // 2))
+    if half not in LAUNCH:
+        raise ValueError(f"heads of {dim} values are too large for this kernel; it takes up to {2 * max(LAUNCH)}")
+    rope_write_kernel[(tokens, triton.cdiv(all_heads, HEADS_PER_PROGRAM))](
         qkv,
         table,
         positions,
@@ -130,11 +134,11 @@ def rope_write_inplace(
         epsilon,
         *qkv.stride()[:2],
         *cache.stride()[:4],
-        *per_scale,
+        *(cache.stride()[:4] if scales is None else scales.stride()),
         D=dim,
-        HALF=triton.next_power_of_2(dim // 2),
-        HEADS=LAUNCH["heads"],
+        HALF=half,
+        HEADS=HEADS_PER_PROGRAM,
         NORM=qk_norm is not None,
         QUANTIZED=scales is not None,
-        num_warps=LAUNCH["num_warps"],
+        num_warps=LAUNCH[half],
     )

@@ -6,11 +6,12 @@ Contract   `kernels.sampling.sample_rows`, its hash word for word. `floor_kernel
            never depends on its batch. A row of NaN gives some token of the vocabulary.
 Floors     A floor is the largest threshold at which enough is left: count (top-k) or probability (top-p) of the logits
            that reach it, both of which only fall as it rises. So it is searched among all numbers of the logits' dtype
-           in their order, three thresholds per pass over the row: 8 passes for bf16, 16 for fp32, and equal logits
-           live or die together by themselves. Counts are exact, probabilities are added in fp64 at the end.
+           in their order, four thresholds per pass over the row: 7 passes for bf16, 14 for fp32, and equal logits
+           live or die together by themselves. Counts are exact, probabilities are added in fp64 at the end. Divisions
+           are IEEE's: which logits are equal, or reach a floor, must be what it is on a CPU.
 Layout     logits [R, V], rows with any stride. A floor is one program per row; a row without filters returns at once.
 Floor      Without filters, V logits read per row: 2 R V bytes in bf16; about 30 integer and float operations per logit,
-           two logarithms among them. A filter reads the row 8 to 16 times more, from L2, at the speed of one SM.
+           two logarithms among them. A filter reads the row 7 to 14 times more, from L2, at the speed of one SM.
 Source     Gumbel-max: arXiv:1611.01144. Pivots instead of a sort: arXiv:2602.01518, and FlashInfer's sampling kernels.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -25,7 +26,7 @@ from torch import Tensor
 from kernels.sampling import GREEDY_TEMPERATURE, MULTIPLIER, UNIFORM_BITS
 
 LAUNCH = {
-    "floor": {"block": 4096, "num_warps": 16},  # logits per turn of a row's program
+    "floor": {"block": 4096, "ways": 4, "num_warps": 16},  # logits per turn of a row's program; thresholds per pass
     "draw": {"block": 4096, "num_warps": 8},  # logits per program
 }
 
@@ -41,74 +42,41 @@ _LOWEST = tl.constexpr(0x007FFFFF)  # the rank of -inf
 
 
 @triton.jit
-def rank_of(x):
-    """fp32 scalar -> int64, in the same order."""
-    bits = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    return tl.where(bits >= _SIGN, 0xFFFFFFFF - bits, bits + _SIGN)
-
-
-@triton.jit
-def value_of(rank):
-    """The reverse of `rank_of`."""
-    bits = tl.where(rank >= _SIGN, rank - _SIGN, 0xFFFFFFFF - rank)
-    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def scaled(x, temperature):
-    """fp32 x / temperature as IEEE has it: where two logits are equal, or reach a floor, must not depend on the GPU."""
-    return tl.div_rn(x, temperature)
-
-
-@triton.jit
-def above(row, vocab, temperature, peak, first, second, third, SHARES: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of the row's scaled logits reach each of three thresholds, or their probability in multiples of the
-    peak's: fp64."""
-    one = tl.zeros((BLOCK,), tl.float32)
-    two = tl.zeros((BLOCK,), tl.float32)
-    three = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        x = scaled(tl.load(row + token, token < vocab, float("-inf")).to(tl.float32), temperature)
-        share = tl.where(token < vocab, 1.0, 0.0)
-        if SHARES:
-            share = tl.exp(x - peak)
-        one += tl.where(x >= first, share, 0.0)
-        two += tl.where(x >= second, share, 0.0)
-        three += tl.where(x >= third, share, 0.0)
-    return tl.sum(one.to(tl.float64), 0), tl.sum(two.to(tl.float64), 0), tl.sum(three.to(tl.float64), 0)
-
-
-@triton.jit
-def highest(row, vocab, temperature, top, peak, target, SHARES: tl.constexpr, SPARE: tl.constexpr, BLOCK: tl.constexpr):
-    """The highest threshold at which what is `above` is at least the target: a scaled logit. `top` is the largest
-    logit; ranks are counted in steps of the dtype's numbers, and a negative number's spare bits are ones."""
-    low = tl.full((), _LOWEST >> SPARE, tl.int64)  # reached by the target always
-    high = (rank_of(top) >> SPARE) + 1  # never
+def highest(
+    row,
+    vocab,
+    temperature,
+    top,  # the largest logit
+    target,
+    SHARES: tl.constexpr,
+    SPARE: tl.constexpr,
+    WAYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The highest scaled logit at which as much as `target` reaches it: of the logits' number, or of their probability
+    in multiples of the peak's. The rank of an fp32 number is its bits, turned so that they ascend with it, without the
+    spare ones, which are all ones in negative numbers."""
+    bits = top.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    peak = tl.div_rn(top, temperature)
+    low = tl.zeros_like(bits) + (_LOWEST >> SPARE)  # that much reaches -inf, whatever the target
+    high = (tl.where(bits >= _SIGN, 0xFFFFFFFF - bits, bits + _SIGN) >> SPARE) + 1  # and nothing is above the peak
+    found = tl.zeros_like(peak) + float("-inf")
     while high - low > 1:
-        step = (high - low + 3) // 4
-        spare = (1 << SPARE) - 1
-        one = low + step
-        two = tl.minimum(one + step, high)
-        three = tl.minimum(two + step, high)
-        a, b, c = above(
-            row,
-            vocab,
-            temperature,
-            peak,
-            scaled(value_of((one << SPARE) + tl.where(one < (_SIGN >> SPARE), spare, 0)), temperature),
-            scaled(value_of((two << SPARE) + tl.where(two < (_SIGN >> SPARE), spare, 0)), temperature),
-            scaled(value_of((three << SPARE) + tl.where(three < (_SIGN >> SPARE), spare, 0)), temperature),
-            SHARES,
-            BLOCK,
-        )
-        reaches_one = a >= target
-        reaches_two = (b >= target) & (two < high)
-        reaches_three = (c >= target) & (three < high)
-        new_low = tl.where(reaches_three, three, tl.where(reaches_two, two, tl.where(reaches_one, one, low)))
-        high = tl.where(reaches_three, high, tl.where(reaches_two, three, tl.where(reaches_one, two, one)))
-        low = new_low
-    return scaled(value_of((low << SPARE) + tl.where(low < (_SIGN >> SPARE), (1 << SPARE) - 1, 0)), temperature)
+        rank = tl.minimum(low + (high - low + WAYS) // (WAYS + 1) * (tl.arange(0, WAYS) + 1), high)
+        turned = (rank << SPARE) + tl.where(rank < (_SIGN >> SPARE), (1 << SPARE) - 1, 0)
+        turned = tl.where(turned >= _SIGN, turned - _SIGN, 0xFFFFFFFF - turned)
+        threshold = tl.div_rn(turned.to(tl.uint32).to(tl.float32, bitcast=True), temperature)
+        reached = tl.zeros((BLOCK, WAYS), tl.float32)
+        for start in range(0, vocab, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            x = tl.div_rn(tl.load(row + token, token < vocab, float("-inf")).to(tl.float32), temperature)
+            share = tl.exp(x - peak) if SHARES else tl.full((BLOCK,), 1.0, tl.float32)
+            reached += tl.where(x[:, None] >= threshold[None, :], share[:, None], 0.0)
+        enough = (tl.sum(reached.to(tl.float64), 0) >= target) & (rank < high)
+        found = tl.maximum(found, tl.max(tl.where(enough, threshold, float("-inf")), 0))
+        low = tl.maximum(low, tl.max(tl.where(enough, rank, low), 0))
+        high = tl.min(tl.where(enough, high, rank), 0)
+    return found
 
 
 @triton.jit
@@ -122,6 +90,7 @@ def floor_kernel(
     min_ps,
     floors,  # [R] fp32
     SPARE: tl.constexpr,
+    WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
@@ -138,29 +107,21 @@ def floor_kernel(
             token = start + tl.arange(0, BLOCK)
             best = tl.maximum(best, tl.load(row + token, token < vocab, float("-inf")).to(tl.float32))
         top = tl.max(best, 0)
-        peak = scaled(top, temperature)
+        peak = tl.div_rn(top, temperature)
         if min_p > 0.0:
             floor = (peak.to(tl.float64) + tl.log(min_p)).to(tl.float32)
         if (top_k > 0) & (top_k < vocab):
-            kth = highest(row, vocab, temperature, top, peak, top_k.to(tl.float64), False, SPARE, BLOCK)
+            kth = highest(row, vocab, temperature, top, top_k.to(tl.float64), False, SPARE, WAYS, BLOCK)
             floor = tl.maximum(floor, kth)
         if top_p < 1.0:
-            mass, _, _ = above(row, vocab, temperature, peak, floor, floor, floor, True, BLOCK)
-            nucleus = highest(row, vocab, temperature, top, peak, top_p * mass, True, SPARE, BLOCK)
-            floor = tl.maximum(floor, nucleus)
+            left = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, vocab, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                x = tl.div_rn(tl.load(row + token, token < vocab, float("-inf")).to(tl.float32), temperature)
+                left += tl.where(x >= floor, tl.exp(x - peak), 0.0)
+            target = top_p * tl.sum(left.to(tl.float64), 0)
+            floor = tl.maximum(floor, highest(row, vocab, temperature, top, target, True, SPARE, WAYS, BLOCK))
     tl.store(floors + index, floor)
-
-
-@triton.jit
-def gumbel(token, first, second):
-    """`kernels.sampling._noise`: int32 token ids, uint32 words -> fp32."""
-    x = token.to(tl.uint32) ^ first
-    x = (x ^ (x >> 16)) * _MULTIPLIER
-    x = x ^ second
-    x = (x ^ (x >> 16)) * _MULTIPLIER
-    x = x ^ (x >> 16)
-    uniform = ((x >> _SHIFT).to(tl.float32) + 0.5) * _STEP
-    return -tl.log(-tl.log(uniform))
 
 
 @triton.jit
@@ -182,8 +143,14 @@ def draw_kernel(
     row = logits + index.to(tl.int64) * row_stride
     score = tl.load(row + token, token < vocab, float("-inf")).to(tl.float32)
     if (temperature >= _GREEDY) & (tl.load(top_ks + index) != 1):
-        score = scaled(score, temperature)
-        noise = gumbel(token, tl.load(words + 2 * index).to(tl.uint32), tl.load(words + 2 * index + 1).to(tl.uint32))
+        score = tl.div_rn(score, temperature)
+        x = token.to(tl.uint32) ^ tl.load(words + 2 * index).to(tl.uint32)  # the hash of kernels.sampling
+        x = (x ^ (x >> 16)) * _MULTIPLIER
+        x = x ^ tl.load(words + 2 * index + 1).to(tl.uint32)
+        x = (x ^ (x >> 16)) * _MULTIPLIER
+        x = x ^ (x >> 16)
+        uniform = ((x >> _SHIFT).to(tl.float32) + 0.5) * _STEP
+        noise = -tl.log(-tl.log(uniform))
         score = tl.where(score >= tl.load(floors + index), score + noise, float("-inf"))
     best = tl.max(score, 0)
     at = index * tl.num_programs(1) + run
@@ -220,7 +187,7 @@ def sample_rows(
     tokens = torch.empty(rows, runs, dtype=torch.int32, device=logits.device)
     floor_kernel[(rows,)](
         logits, logits.stride(0), vocab, temperature, top_k, top_p, min_p, floors,
-        SPARE=SPARE_BITS[logits.dtype], BLOCK=floor["block"], num_warps=floor["num_warps"],
+        SPARE=SPARE_BITS[logits.dtype], WAYS=floor["ways"], BLOCK=floor["block"], num_warps=floor["num_warps"],
     )  # fmt: skip
     draw_kernel[(rows, runs)](
         logits, logits.stride(0), vocab, temperature, top_k, floors, words, scores, tokens,

@@ -44,21 +44,19 @@ def some(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0, spread: float
 
 
 @DTYPES
-@pytest.mark.parametrize("vocab", [50, 5000])
-def test_the_same_tokens_as_the_cpu(dtype: torch.dtype, vocab: int) -> None:
+@pytest.mark.parametrize(("vocab", "rows"), [(50, 36), (5000, 18)])
+def test_the_same_tokens_as_the_cpu(dtype: torch.dtype, vocab: int, rows: int) -> None:
     """bf16 logits of a vocabulary have many equals; a filter's boundary runs through them."""
-    logits = some(3 * len(FILTERS), vocab, dtype)
+    logits = some(rows, vocab, dtype)
     draws = [Draw(Sampling(seed=i, **FILTERS[i % len(FILTERS)]), [0] * (i + 1), i + 1) for i in range(len(logits))]
     assert by_kernel(logits, draws) == sample(logits, draws)
 
 
-@pytest.mark.parametrize(
-    "filters", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 30, "top_p": 0.9}], ids=str
-)
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.1}, {"min_p": 0.8}, {"top_k": 9, "top_p": 0.5}], ids=str)
 def test_the_boundary_itself(filters: dict[str, Any]) -> None:
     """Flat logits: every survivor is drawn, and the first that does not survive never is."""
-    logits = (some(1, 50, torch.float32, seed=5) / 4).expand(300, -1)
-    draws = [Draw(Sampling(seed=seed, **filters), [0], 1) for seed in range(300)]
+    logits = (some(1, 50, torch.float32, seed=5) / 8).bfloat16().expand(40, -1)
+    draws = [Draw(Sampling(seed=seed, **filters), [0], 1) for seed in range(40)]
     found = by_kernel(logits, draws)
     assert found == sample(logits, draws)
     assert len(set(found)) >= 3
@@ -66,12 +64,12 @@ def test_the_boundary_itself(filters: dict[str, Any]) -> None:
 
 @DTYPES
 def test_equal_logits_live_or_die_together(dtype: torch.dtype) -> None:
-    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, -0.0, 0.0]).to(dtype)[None].expand(200, -1).contiguous()
-    draws = [Draw(Sampling(seed=seed, top_k=2), [0], 1) for seed in range(200)]
+    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, -0.0, 0.0]).to(dtype)[None].expand(20, -1)
+    draws = [Draw(Sampling(seed=seed, top_k=2), [0], 1) for seed in range(20)]
     assert set(by_kernel(logits, draws)) == {1, 2, 3}
-    zeros = torch.zeros(200, 6).to(dtype)
+    zeros = torch.zeros(20, 4).to(dtype)
     zeros[:, ::2] = -0.0
-    assert set(by_kernel(zeros, draws)) == set(range(6))
+    assert set(by_kernel(zeros, draws)) == set(range(4))
 
 
 def test_the_first_of_the_largest_is_greedy_and_masked_logits_are_not_drawn() -> None:
@@ -86,7 +84,7 @@ def test_the_first_of_the_largest_is_greedy_and_masked_logits_are_not_drawn() ->
 
 
 def test_draws_follow_the_softmax() -> None:
-    rows = 1500
+    rows = 700
     logits = torch.randn(12, generator=torch.Generator().manual_seed(3))
     draws = [Draw(Sampling(seed=seed, temperature=0.7), [0], 1) for seed in range(rows)]
     counts = torch.bincount(torch.tensor(by_kernel(logits.expand(rows, -1), draws)), minlength=12)
@@ -115,7 +113,7 @@ def test_a_row_of_nan_gives_a_token_of_the_vocabulary() -> None:
 @DTYPES
 def test_the_statement_for_the_cpu_is_the_workers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.sampling.uses_triton", lambda x: False)
-    logits = some(2 * len(FILTERS), 3000, dtype)
+    logits = some(2 * len(FILTERS), 2000, dtype)
     draws = [Draw(Sampling(seed=i, **FILTERS[i % len(FILTERS)]), [0] * (i + 1), i + 1) for i in range(len(logits))]
     assert by_kernel(logits, draws) == sample(logits, draws)
 
