@@ -14,7 +14,7 @@ import pytest
 
 from tests.kernels.mutating import KILLED, PASSED, ROOT, mutations
 
-SECONDS = 240
+SECONDS = 480
 
 
 def test_every_file_with_a_kernel_has_a_mutation() -> None:
