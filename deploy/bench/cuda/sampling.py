@@ -29,7 +29,7 @@ def rows() -> list[Row]:
 
 
 def _row(batch: int, vocabulary: int, mode: str) -> Row:
-    moved = 4.0 * batch * vocabulary
+    moved = 2.0 * batch * vocabulary
     return Row(
         kernel="sample",
         shape=f"{batch} x {vocabulary}, {mode}",
@@ -42,7 +42,7 @@ def _row(batch: int, vocabulary: int, mode: str) -> Row:
 
 def _build(batch: int, vocabulary: int, mode: str, count: int) -> Case:
     temperature, top_k, top_p = MODES[mode]
-    inputs = [torch.randn(batch, vocabulary, device="cuda") * 3 for _ in range(count)]
+    inputs = [torch.randn(batch, vocabulary, dtype=torch.bfloat16, device="cuda") * 3 for _ in range(count)]
     words = torch.tensor([key(1, position) for position in range(batch)], dtype=torch.int64)
 
     def settings(rows: int, device: str) -> tuple[Tensor, ...]:
@@ -68,7 +68,7 @@ def _build(batch: int, vocabulary: int, mode: str, count: int) -> Case:
         """A draw the usual way: sort, cumulate, mask, draw."""
 
         def draw() -> Tensor:
-            ordered, ids = (logits / temperature).sort(-1, descending=True)
+            ordered, ids = (logits.float() / temperature).sort(-1, descending=True)
             if top_k:
                 ordered[:, top_k:] = -torch.inf
             shares = ordered.softmax(-1)
