@@ -143,15 +143,27 @@ def _shown(worker: WorkerInfo) -> str:
 def bench(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu; or cuda, for what runs on a GPU")] = "cpu",
     sections: Annotated[
-        str, typer.Option(help="some of engine,serve,store,tier,shards,placement,routing,fidelity")
-    ] = "engine,serve,store",
+        str | None,
+        typer.Option(
+            help="some of engine,serve,store,tier,shards,placement,routing,fidelity [default: the first three]; "
+            "with --device cuda, of kernels,engine,handoff,serve [default: all]"
+        ),
+    ] = None,
+    plan: Annotated[bool, typer.Option(help="with --device cuda: what would run, compiled without a GPU")] = False,
     trace: Annotated[Path | None, typer.Option(help="recorded requests, for the section routing")] = None,
     out: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
 ) -> None:
     """Measure this machine's limits and Tandem against them, in one run."""
+    if device == "cuda":
+        from deploy.bench.cuda.__main__ import bench as bench_cuda
+
+        raise typer.Exit(bench_cuda(sections, out, plan))
     try:
-        _bench(model or "", dtype, sections.split(","), trace, out)
+        if device != "cpu" or plan:
+            raise StartupError("--device is cpu or cuda, and --plan is for cuda")
+        _bench(model or "", dtype, (sections or "engine,serve,store").split(","), trace, out)
     except StartupError as error:
         fail(error.message)
 
