@@ -18,7 +18,7 @@ from cluster.pools import Action, ChangeRole, Decision, Demand, Member, Memory, 
 
 BUSY = 0.7  # utilisation below which no split is worth changing, even were the demand misjudged
 MARGIN = 0.15  # a new split is better by this part at least
-ERRORS = 2.5  # standard errors by which either demand may be misjudged
+ERRORS = 3.0  # standard errors by which either demand may be misjudged
 CONFIRM_S = 1.0
 LAPSE_S = 0.75  # that it may seem otherwise meanwhile: sequences that began together end together
 HOLD_S = 8.5  # between two moves: a mix that changes every ten seconds can be followed

@@ -38,8 +38,7 @@ PROMPTS: list[tuple[str, int | None]] = [
     (ENGLISH, 512),
     (MIXED, 513),
     (ENGLISH + CODE, 1000),
-    (ENGLISH + MIXED, 2001),
-    (CODE + ENGLISH, 3000),
+    (CODE + ENGLISH + MIXED, 2001),
 ]
 
 

@@ -8,8 +8,8 @@ import pytest
 from tests.e2e.oracle import greedy, prompts
 from tests.serving import Served
 
-NEW = 32
-ALONE = 16  # new tokens where requests do not share their steps, which takes several times as long per token
+NEW = 24
+ALONE = 12  # new tokens where requests do not share their steps, which takes several times as long per token
 
 
 @pytest.fixture(scope="module")
