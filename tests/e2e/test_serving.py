@@ -124,6 +124,7 @@ def test_a_client_that_leaves_frees_everything(small: Served, after_chunks: int)
     small.assert_no_leaks(within=8)  # far less than the hold on a handoff: it must have been given back
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
 def test_a_killed_worker_loses_no_request_and_comes_back(small: Served, tiny: Path, victim: str) -> None:
     cases = [(tuple(range(10 + i, 400)), 300) for i in range(6)]
@@ -193,6 +194,7 @@ def test_a_killed_router_ends_its_streams_leaks_nothing_and_comes_back(small: Se
     small.assert_no_leaks()
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
 def test_a_hung_worker_loses_no_request(small: Served, tiny: Path, victim: str) -> None:
     """SIGSTOP: no connection breaks, so only silence gives it away."""
