@@ -61,14 +61,18 @@ class Config(pydantic.BaseModel):
     decode_tp: int = Field(1, ge=1, le=64, description="tensor parallel ranks of a decode worker")
     decode_pp: int = Field(1, ge=1, le=64, description="pipeline stages of a decode worker")
     threads: int = Field(0, ge=0, description="CPU threads per shard; 0: cores / most shards")
-    runner: Literal["torch", "sim"] = Field("torch", description="sim: no weights, tokens from a hash")
+    runner: Literal["torch", "cuda", "sim"] = Field(
+        "torch", description="torch: on CPUs; cuda: a GPU per shard; sim: no weights, tokens from a hash"
+    )
     sim_ms: tuple[float, float, float] = Field(
         (0.0, 0.0, 0.0), description="sim runner: milliseconds of a step, per computed token, per token of context"
     )
 
     # KV blocks
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
-    kv_memory: int = Field(0, ge=0, description="KV cache per worker; 0: a quarter of the free memory, shared")
+    kv_memory: int = Field(
+        0, ge=0, description="KV cache per worker; 0: a quarter of the free memory, shared, or what its GPUs have left"
+    )
     store_memory: int = Field(
         0, ge=0, description="memory of a node's block stores; 0: a quarter of the free shared memory"
     )
@@ -229,13 +233,16 @@ def resolved(config: Config) -> Config:
     """The same configuration with every "auto" replaced by a value for this machine."""
     most = config.budget[1]  # those that may be started later need their part, too
     workers = -(-(config.prefill + config.decode) * most // config.shards)
+    on_gpus = config.runner == "cuda"
     # bf16 is only faster where the CPU multiplies it natively; elsewhere torch emulates it
-    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if _native_bf16() else "float32")
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if on_gpus or _native_bf16() else "float32")
+    # a worker on GPUs looks for itself what they have left
+    kv_memory = config.kv_memory if on_gpus else psutil.virtual_memory().available // (4 * workers)
     return config.model_copy(
         update={
             "dtype": dtype,
             "threads": config.threads or max(1, (os.cpu_count() or 1) // most),
-            "kv_memory": config.kv_memory or psutil.virtual_memory().available // (4 * workers),
+            "kv_memory": config.kv_memory or kv_memory,
             "store_memory": config.store_memory or _store_memory(Path(SHM), Path(tempfile.gettempdir())),
         }
     )

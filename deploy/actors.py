@@ -27,6 +27,7 @@ from cluster.config import Config
 from cluster.errors import ModelError, StartupError, TandemError
 from cluster.identity import Identity
 from cluster.messages import StoreInfo, WorkerInfo
+from deploy.placement import of_shard
 from deploy.shards import assemble, follow
 from kvstore.layout import Layout
 from kvstore.server import StoreServer
@@ -120,8 +121,7 @@ class WorkerActor(Actor):
         for rank in range(1, tp * pp):
             place = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=rank // tp)
             actor = ray.remote(ShardActor).options(
-                num_cpus=config.threads,
-                num_gpus=int(bool(ray.get_gpu_ids())),  # as this rank, which has one or none
+                **of_shard(config),
                 max_restarts=0,
                 runtime_env=runtime_environment(config),
                 scheduling_strategy=place,

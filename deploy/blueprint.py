@@ -10,8 +10,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from cluster.config import Config
 from cluster.identity import Identity
 from cluster.scaling_policies import policy
@@ -35,7 +33,7 @@ class Blueprint:
     template: WorkerSettings  # of every worker but for id and role
     stores: tuple[StoreSet, ...]  # of every node
     router: RouterSettings
-    needs: Needs | None  # of GPUs; None: it computes on CPUs, as with a torch that was built without CUDA
+    needs: Needs | None  # of GPUs; None: it computes on CPUs
 
 
 def blueprint(config: Config, model: ResolvedModel, redis_url: str, host: str) -> Blueprint:
@@ -72,5 +70,5 @@ def blueprint(config: Config, model: ResolvedModel, redis_url: str, host: str) -
             model_key=key,
             store_namespaces=tuple(kind.identity.namespace for kind in sets),
         ),
-        needs=gpu_needs(config, architecture, context) if torch.version.cuda else None,
+        needs=gpu_needs(config, architecture, context),
     )

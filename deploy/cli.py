@@ -61,7 +61,9 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="name in the API")] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis of the block index [default: an embedded one]")] = None,
     disk: Annotated[str | None, typer.Option(help="folder where KV blocks survive a restart [default: none]")] = None,
-    runner: Annotated[str | None, typer.Option(help="torch, or sim for a model without weights")] = None,
+    runner: Annotated[
+        str | None, typer.Option(help="torch (CPUs), cuda (GPUs), or sim for a model without weights")
+    ] = None,
     placement: Annotated[str | None, typer.Option(help="how workers are chosen [default: least_time]")] = None,
     autoscaling: Annotated[
         str | None, typer.Option(help="slo, utilization[:PART], schedule:HH:MM=N,..., fixed, module:function")

@@ -67,10 +67,10 @@ class Place:
 
 
 def choose(config: Config, needs: Needs | None, nodes: Sequence[Node]) -> dict[Role, Place]:
-    """Roles that compute on GPUs -> where. `nodes`: those that are alive. `needs`: None where GPUs are of no use.
+    """Roles -> which GPUs. `nodes`: those that are alive. `needs`: None where workers compute on CPUs; no role is told.
 
-    A role computes on GPUs when one of its nodes has any. Raises StartupError, which says what there is, what the model
-    needs and what would do, when the first workers cannot be placed.
+    Raises StartupError, which says what there is, what the model needs and what would do, when the first workers cannot
+    be placed.
     """
     if needs is None:
         return {}
@@ -79,8 +79,12 @@ def choose(config: Config, needs: Needs | None, nodes: Sequence[Node]) -> dict[R
     for role, count in config.roles:
         pin = pinned(role, nodes)
         own = [index for index, node in enumerate(nodes) if node.gpus >= 1 and pin.allows(node)]
-        if own:
-            chosen[role] = _choose(config, role, count, needs, nodes, own, free, pin)
+        if not own:
+            raise StartupError(
+                f'{role} workers compute on GPUs (runner = "cuda") and no node{pin.where} has any; use --runner torch, '
+                "or add nodes with GPUs"
+            )
+        chosen[role] = _choose(config, role, count, needs, nodes, own, free, pin)
     return chosen
 
 

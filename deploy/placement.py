@@ -1,7 +1,8 @@
 """Whether the shards that were asked for fit the model and the nodes, and what room Ray is asked for. Pure.
 
 The tensor parallel ranks of one pipeline stage, a tensor group, exchange sums several times per layer: they must be on
-one node. Stages pass activations on once a step and may be on different ones. One CPU per thread of every shard.
+one node. Stages pass activations on once a step and may be on different ones. One CPU per thread of every shard, and a
+GPU where it computes on one.
 Which nodes a worker may be on is said in `deploy/node_roles.py`, on which GPUs in `deploy/hardware.py`.
 """
 
@@ -32,7 +33,7 @@ def check_model(config: Config, sizes: Sizes) -> None:
 
 
 def places(config: Config, needs: Needs | None, nodes: Sequence[Node]) -> dict[Role, Place]:
-    """Roles that compute on GPUs -> which. `nodes`: those that are alive; `needs`: None where GPUs are of no use.
+    """Roles -> which GPUs. `nodes`: those that are alive; `needs`: None where workers compute on CPUs.
 
     Raises StartupError when the nodes cannot hold the first workers.
     """
@@ -103,12 +104,16 @@ def spec(config: Config) -> Spec:
     )
 
 
-def bundles(config: Config, role: Role, gpus: int = 0) -> list[dict[str, float]]:
-    """Pipeline stage -> the resources of its tensor group, in Ray's words. A bundle is on one node. `gpus`: of each
-    shard."""
+def bundles(config: Config, role: Role) -> list[dict[str, float]]:
+    """Pipeline stage -> the resources of its tensor group, in Ray's words. A bundle is on one node."""
     tp, pp = config.grid(role)
-    room = {"CPU": float(tp * config.threads)} | ({"GPU": float(tp * gpus)} if gpus else {})
-    return [dict(room) for _ in range(pp)]
+    gpus = {"GPU": float(tp)} if config.runner == "cuda" else {}
+    return [{"CPU": float(tp * config.threads)} | gpus for _ in range(pp)]
+
+
+def of_shard(config: Config) -> dict[str, float]:
+    """What of a bundle is each rank's, in the words of an actor's options."""
+    return {"num_cpus": config.threads, "num_gpus": 1 if config.runner == "cuda" else 0}
 
 
 def _allowed(role: Role, tp: int, threads: int, largest: int) -> str:

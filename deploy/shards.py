@@ -25,6 +25,8 @@ from workers.architecture import load_architecture
 from workers.assembly import join, load
 from workers.control import ControlListener
 from workers.follower import Follower
+from workers.gpu_profile import Limits
+from workers.gpu_runner import GpuRunner
 from workers.lead import Lead
 from workers.links import Links, NoLinks
 from workers.model_runner import ModelRunner
@@ -102,16 +104,22 @@ def build_stage(
     rank: int,
     rendezvous: str = "",  # its address, where there are several ranks
     progress: Progress | None = None,
-) -> ModelRunner | SimRunner:
+) -> ModelRunner | GpuRunner | SimRunner:
     """Raises ModelError when the model cannot be served so, WorkerLost when another rank does not join."""
     config = settings.config
     tp, pp = config.grid(settings.role)
     shard = shards(model_sizes(config, load_architecture(model)), tp, pp)[rank]
     links: Links = NoLinks()
     if tp * pp > 1:
-        links = ProcessLinks.join(rendezvous, shard, config.step_timeout)
+        device = "cuda" if config.runner == "cuda" else "cpu"
+        links = ProcessLinks.join(rendezvous, shard, config.step_timeout, device)
     if config.runner == "sim":
         return _sim(settings, model, shard, links)
+    if config.runner == "cuda":
+        limits = Limits(config.token_budget, config.max_sequences, settings.max_context)
+        return GpuRunner.load(
+            model, config.dtype, config.block_size, config.kv_memory, limits, progress, shard=shard, links=links
+        )
     return ModelRunner.load(
         model,
         dtype=config.dtype,

@@ -83,7 +83,7 @@ class Progress:
 
 class Workforce:
     """`template`: the settings of every worker but for id and role. `sets`: the stores of a node. `places`: which GPUs
-    a role computes on; one that is not there computes on CPUs. For one thread at a time."""
+    a role wants; one that is not there wants none. For one thread at a time."""
 
     def __init__(
         self, template: WorkerSettings, model: Path, sets: Sequence[StoreSet], places: Mapping[Role, Place]
@@ -180,7 +180,7 @@ class Workforce:
     def _start(self, worker_id: str, role: Role, first: bool) -> str:
         """Ask for room for all its shards: each stage's tensor group on one node, the stages as close as may be."""
         pin, place = node_roles.pinned(role, _nodes_ever()), self._places.get(role)
-        bundles = placement.bundles(self._config, role, gpus=int(place is not None))
+        bundles = placement.bundles(self._config, role)
         selector = pin.selector | (place.selector(first) if place else {})
         group = placement_group(
             [{**bundle, **pin.resources} for bundle in bundles],
@@ -188,9 +188,8 @@ class Workforce:
             name=worker_id,
             bundle_label_selector=[selector] * len(bundles) if selector else None,
         )
-        gpus = f" and {bundles[0]['GPU']:g} GPUs" if place else ""
-        where = dataclasses.replace(pin, selector=selector).where
-        wanted = f"{len(bundles)} x {bundles[0]['CPU']:g} CPUs{gpus}, each on one node{where}"
+        each = " and ".join(f"{count:g} {what}s" for what, count in bundles[0].items())
+        wanted = f"{len(bundles)} x {each}, each on one node{dataclasses.replace(pin, selector=selector).where}"
         settings = dataclasses.replace(self._template, id=worker_id, role=role)
         shards, place_s = math.prod(self._config.grid(role)), PLACE_S if first else RENT_S
         self._posts[worker_id] = Post(role, settings, shards, group, place_s, time.monotonic(), wanted=wanted)
@@ -216,8 +215,7 @@ class Workforce:
         return (
             ray.remote(WorkerActor)
             .options(
-                num_cpus=self._config.threads,
-                num_gpus=int(post.settings.role in self._places),
+                **placement.of_shard(self._config),
                 max_restarts=-1,
                 max_concurrency=4,
                 runtime_env=runtime_environment(self._config),

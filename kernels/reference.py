@@ -50,6 +50,12 @@ def attention(
     return torch.stack(heads)
 
 
+def attention_lse(q: Tensor, k: Tensor, scale: float, window: int) -> Tensor:  # [Hq, D], [S, Hkv, D] -> [Hq]
+    """ln of the sum of exp(score) over the keys of `attention`, by which parts of it are weighed."""
+    k = k[-window:].double().repeat_interleave(q.shape[0] // k.shape[1], 1)
+    return torch.einsum("hd,shd->hs", q.double() * scale, k).logsumexp(-1)
+
+
 def gumbel(words: tuple[int, int], token: int) -> float:
     """The noise of one token under the two 32-bit words that `kernels.sampling.key` gives."""
     first, second = words

@@ -1,16 +1,21 @@
 """What every kernel needs of arithmetic, such that it is right on a GPU and in Triton's interpreter.
 
-The interpreter keeps bf16 and fp8 as integers and goes wrong without a word: it multiplies bit patterns, and it cuts off
-where it should round. So kernels load into fp32, multiply with `dot` and store through `rounded`, which in the
+The interpreter keeps bf16 and fp8 as integers and goes wrong without a word: it multiplies bit patterns, and it cuts
+off where it should round. So kernels load into fp32, multiply with `dot` and store through `rounded`, which in the
 interpreter do with integers what the GPU's own conversions do. On a GPU the branches are resolved when it compiles.
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
+
+import os
 
 import triton
 import triton.language as tl
 
 from kernels.backend import INTERPRETED
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as Triton up to 3.9 does; 3.10 would round products, unasked
 
 INTERP = tl.constexpr(INTERPRETED)
 
@@ -38,8 +43,8 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def _to_e4m3(x):
-    """x within +-448. Adding and subtracting 2^(exponent + 20) rounds to three bits of mantissa, as fp32 addition rounds
-    to 23; the exponent is at least that of the smallest normal number, 2^-6, below which the steps stay the same."""
+    """x within +-448. Adding and subtracting 2^(exponent + 20) rounds to three bits of mantissa, as fp32 addition
+    rounds to 23; the exponent is at least that of the smallest normal number, 2^-6, below which steps stay the same."""
     bits = x.to(tl.uint32, bitcast=True)
     sign = (bits >> 24) & 0x80
     exponent = tl.maximum((bits >> 23) & 0xFF, 121)  # biased; 121 is 2^-6

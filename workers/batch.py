@@ -18,6 +18,8 @@ from torch import Tensor
 
 from kernels.attention import Segment
 from kvstore.layout import Layout
+from workers.attention import Geometry, SegmentAttention
+from workers.cache import KvCache
 from workers.runner import Chunk
 from workers.segments import Ints, Span, segments
 
@@ -31,6 +33,10 @@ class StepBatch:
     segments: dict[int, tuple[Segment, ...]]  # sliding window -> what its layers attend to
     sample_rows: Tensor  # [R]: rows whose logits are wanted
     sampled: tuple[int, ...]  # [R]: index of the chunk each belongs to
+
+    def attention(self, geometry: Geometry, rope_table: Tensor, cache: KvCache) -> SegmentAttention:
+        cache.clear(self.fresh_blocks)
+        return SegmentAttention(geometry, rope_table, cache, self.positions, self.write_rows, self.segments)
 
 
 def build_batch(chunks: Sequence[Chunk], layout: Layout, windows: Iterable[int], device: torch.device) -> StepBatch:

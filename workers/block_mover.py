@@ -56,7 +56,6 @@ class OwnBlocks:
     def __init__(self, blocks: StoredBlocks, connections: Connections) -> None:
         self.layout = blocks.layout
         self._blocks = blocks
-        self._writer = SlabWriter(blocks.part, blocks.read)
         self._reader = HandoffReader(connections, blocks.part)
         self._fetcher = BlockFetcher(connections, blocks.part)
 
@@ -64,7 +63,8 @@ class OwnBlocks:
         self, client: StoreClient, transfer_id: str, blocks: Sequence[int], slabs: Sequence[Slab]
     ) -> Sequence[bytes]:
         """The checksums of this shard's part of each block."""
-        return await self._writer.write(client, transfer_id, blocks, slabs)
+        writer = SlabWriter(self._blocks.part, self._blocks.reader(blocks))
+        return await writer.write(client, transfer_id, blocks, slabs)
 
     async def follow(
         self, handoff: Handoff, start: int, tokens: int, table: Sequence[int], timeout_s: float

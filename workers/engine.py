@@ -4,8 +4,8 @@ The engine is plain and synchronous: it owns the sequences, the block pool and t
 returns everything it wants done outside (tokens to deliver, blocks to send, handoffs to fetch) in a `Step`. It never
 waits for an event, never talks to a network and knows no roles: it takes prefill and decode jobs at any time.
 
-A runner that is a pipeline has several steps in flight: a step is submitted, and the oldest is collected when no more
-fit or nothing else can be scheduled. What is in flight is not delivered, hit, sent or offered before it was collected.
+A runner that is a pipeline, or ahead, has several steps in flight: one is submitted, and the oldest collected when no
+more fit or nothing can be scheduled. What is in flight is not delivered, hit, sent or offered before it was collected.
 
 Blocks that a transfer is reading or writing carry a reference of their own (`pool.retain`), so that a preempted or
 aborted sequence can let go of them at once without anybody copying from, or into, memory that has a new owner.
@@ -25,6 +25,7 @@ from kvstore.hashing import extend
 from kvstore.layout import Layout
 from workers.counters import EngineCounters
 from workers.fetching import Choice, choose
+from workers.foresight import foresight
 from workers.in_flight import InFlight
 from workers.offering import Offering
 from workers.runner import Chunk, Runner
@@ -51,13 +52,13 @@ class Engine:
         self._layouts = {True: runner.layout, False: stored or runner.layout}  # sequence is exact -> its stores'
         self._changes: list[Change] = []  # what became of names that can be hit, since the last step
         self.pool = BlockPool(runner.num_blocks, self._changes)
-        self.block_size = runner.layout.tokens
-        self.max_context = max_context
+        self.block_size, self.max_context = runner.layout.tokens, max_context
         # or one long sequence alone would preempt itself for ever
         assert runner.num_blocks * self.block_size >= max_context, "the KV cache cannot hold one longest sequence"
         self.model = PerfModel(token_budget, prior)
         limits = (token_budget, max_sequences, runner.depth)
-        self.scheduler = Scheduler(self.pool, self.block_size, *limits, self._choose)
+        sight = foresight(runner.ahead, max_context)
+        self.scheduler = Scheduler(self.pool, self.block_size, *limits, self._choose, sight)
         self._in_flight = InFlight(runner)
         self.sequences: dict[str, Sequence] = {}  # id -> every live sequence
         self.counters = EngineCounters()
@@ -154,8 +155,7 @@ class Engine:
 
     def _collect(self) -> list[Chunk]:
         ended = self._in_flight.collect()
-        work = [(chunk.take, chunk.first) for chunk in ended.chunks]
-        self.model.observe_step(work, 1000 * ended.seconds)
+        self.model.observe_step([(chunk.take, chunk.first) for chunk in ended.chunks], 1000 * ended.seconds)
         for chunk, token in zip(ended.chunks, ended.tokens, strict=True):
             if self.scheduler.collected(chunk):
                 self._commit(chunk, token)

@@ -51,8 +51,9 @@ class Lead:
         self.shard = shard
         self.peers = peers
         self.num_blocks = stage.num_blocks
+        self.device_cache = stage.device_cache
         self.vocab_size = stage.vocab_size
-        self.depth = shard.pp
+        self.depth, self.ahead = shard.pp, False
         self._stage = stage
         self._controls = controls
         self._results = None if shard.pp == 1 else controls[shard.tp * (shard.pp - 1) - 1]  # who tells tokens

@@ -9,18 +9,31 @@ Tensor letters as in kernels/reference; Hq, Hkv and V are the shard's own.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.activation import silu_and_mul
-from kernels.attention import paged_attention, write_kv_inplace
-from kernels.norm_rope import rms_norm, rope_inplace
+from kernels.norm_rope import add_rms_norm_inplace, rms_norm
 from workers.architecture import Architecture
-from workers.batch import StepBatch
+from workers.attention import Attention, Geometry
 from workers.cache import KvCache
 from workers.links import Links
 from workers.shard import Shard
-from workers.weights import LayerWeights, Weights
+from workers.weights import Weights
+
+
+class Batch(Protocol):
+    """A step: `workers.batch` has it for the CPU, `workers.device_batch` for GPUs."""
+
+    @property
+    def token_ids(self) -> Tensor: ...  # [T]
+
+    @property
+    def sample_rows(self) -> Tensor: ...  # [R]: rows whose logits are wanted
+
+    def attention(self, geometry: Geometry, rope_table: Tensor, cache: KvCache) -> Attention: ...
 
 
 class Decoder:
@@ -32,33 +45,39 @@ class Decoder:
         self._weights = weights
         self._rope_table = rope_table  # [max context, 2, D]
         self._links = links
-        self._heads = shard.heads[1] - shard.heads[0]
-        self._kv_heads = shard.kv_heads[1] - shard.kv_heads[0]
+        self._geometry = Geometry(
+            shard.heads[1] - shard.heads[0],
+            shard.kv_heads[1] - shard.kv_heads[0],
+            architecture.head_dim,
+            architecture.norm_epsilon,
+            architecture.windows[slice(*shard.layers)],
+        )
 
-    def forward(self, batch: StepBatch, cache: KvCache) -> Tensor | None:
+    def forward(self, batch: Batch, cache: KvCache) -> Tensor | None:
         """Logits [R, V] of the rows that sample, or None when none does or the stage is not the last. Fills the
         batch's slots of the cache."""
-        a, links = self._architecture, self._links
-        cache.clear(batch.fresh_blocks)
+        epsilon, links, layers = self._architecture.norm_epsilon, self._links, self._weights.layers
+        attention = batch.attention(self._geometry, self._rope_table, cache)
         hidden = self._hidden(batch)  # [T, hidden]
-        cos, sin = self._rope_table.index_select(0, batch.positions).unbind(1)  # [T, D]
-        for index, layer in enumerate(self._weights.layers):
-            x = rms_norm(hidden, layer.attention_norm, a.norm_epsilon)
-            attended = self._attention(index, layer, x, cos, sin, batch, cache)
-            links.sum_inplace(attended)
-            hidden += attended
-            x = layer.down(silu_and_mul(layer.gate_up(rms_norm(hidden, layer.mlp_norm, a.norm_epsilon))))
+        x = rms_norm(hidden, layers[0].attention_norm, epsilon)
+        for index, layer in enumerate(layers):
+            x = layer.output(attention(index, layer.qkv(x), layer.qk_norm))
             links.sum_inplace(x)
-            hidden += x
+            x = add_rms_norm_inplace(hidden, x, layer.mlp_norm, epsilon)
+            x = layer.down(silu_and_mul(layer.gate_up(x)))
+            links.sum_inplace(x)
+            if index + 1 < len(layers):
+                x = add_rms_norm_inplace(hidden, x, layers[index + 1].attention_norm, epsilon)
+        hidden += x
         if self._weights.logits is None or self._weights.norm is None:
             links.send(hidden)
             return None
-        if not batch.sampled:
+        if not batch.sample_rows.numel():
             return None
         rows = hidden.index_select(0, batch.sample_rows)
-        return self._weights.logits(rms_norm(rows, self._weights.norm, a.norm_epsilon))
+        return self._weights.logits(rms_norm(rows, self._weights.norm, epsilon))
 
-    def _hidden(self, batch: StepBatch) -> Tensor:  # [T, hidden]
+    def _hidden(self, batch: Batch) -> Tensor:  # [T, hidden]
         """What the stage starts from."""
         tokens, embedding = batch.token_ids, self._weights.embedding
         if embedding is None:
@@ -70,24 +89,3 @@ class Decoder:
         hidden = F.embedding(rows.masked_fill_(elsewhere, 0), embedding).masked_fill_(elsewhere[:, None], 0)
         self._links.sum_inplace(hidden)
         return hidden
-
-    def _attention(
-        self,
-        index: int,  # within the stage
-        layer: LayerWeights,
-        x: Tensor,  # [T, hidden]
-        cos: Tensor,  # [T, D]
-        sin: Tensor,  # [T, D]
-        batch: StepBatch,
-        cache: KvCache,
-    ) -> Tensor:  # [T, hidden], to be added up over the stage's ranks
-        a, heads, kv_heads = self._architecture, self._heads, self._kv_heads
-        qkv = layer.qkv(x).view(x.shape[0], -1, a.head_dim)  # [T, Hq + 2 Hkv, D]
-        qk = qkv[:, : heads + kv_heads]
-        if layer.qk_norm is not None:
-            qk.copy_(rms_norm(qk, layer.qk_norm, a.norm_epsilon))
-        rope_inplace(qk, cos, sin)
-        write_kv_inplace(cache.token_rows[index], batch.write_rows, qkv[:, heads:])
-        segments = batch.segments[a.windows[self._shard.layers[0] + index]]
-        attended = paged_attention(qkv[:, :heads], cache.block_rows[index], segments, kv_heads, a.head_dim**-0.5)
-        return layer.output(attended)

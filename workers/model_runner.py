@@ -1,5 +1,5 @@
-"""The stage that computes: weights, KV cache and decoder of one shard, behind `workers.runner.Stage`. A worker that is
-one shard has it for a Runner.
+"""The stage that computes on the CPU: weights, KV cache and decoder of one shard, behind `workers.runner.Stage`. A
+worker that is one shard has it for a Runner.
 
 Owns no policy and keeps no sequence: a step's chunks go in, tokens come out, and all that stays is the cache.
 """
@@ -62,7 +62,6 @@ class ModelRunner(Alone):
         kv_memory_bytes: int,  # of the worker: all its shards together
         max_context: int,  # tokens; 0: the model's own limit
         progress: Callable[[float], None] | None = None,
-        device: str = "cpu",
         shard: Shard | None = None,  # None: the worker's only one
         links: Links | None = None,  # to its other shards
     ) -> ModelRunner:
@@ -70,10 +69,10 @@ class ModelRunner(Alone):
         architecture = load_architecture(directory)
         shard, links = shard or whole(sizes(architecture)), links or NoLinks()
         block_layout = layout(architecture, dtype, block_size)
-        max_context = _context(architecture, max_context)
+        max_context = context(architecture, max_context)
         parts = [each.part(block_layout) for each in shards(sizes(architecture), shard.tp, shard.pp)]
-        num_blocks = _blocks(block_size, sum(part.block_bytes for part in parts), kv_memory_bytes, max_context)
-        place, torch_dtype = torch.device(device), getattr(torch, dtype)
+        num_blocks = blocks_in(block_size, sum(part.block_bytes for part in parts), kv_memory_bytes, max_context)
+        place, torch_dtype = torch.device("cpu"), getattr(torch, dtype)
         with torch.inference_mode():
             weights = load_weights(directory, architecture, shard, torch_dtype, place, progress)
             table = rope_table(architecture.rope, architecture.head_dim, max_context, torch_dtype).to(place)
@@ -98,15 +97,16 @@ class ModelRunner(Alone):
         return self._cache.bytes_of(index)
 
 
-def _context(architecture: Architecture, wanted: int) -> int:
+def context(architecture: Architecture, wanted: int) -> int:
+    """Tokens of a longest sequence. Raises ModelError when the model has a lower limit. 0: the model's own."""
     if wanted > architecture.max_context:
         raise ModelError(f"max_context {wanted} exceeds the model's limit; use at most {architecture.max_context}")
     return wanted or architecture.max_context
 
 
-def _blocks(block_size: int, block_bytes: int, memory: int, max_context: int) -> int:
+def blocks_in(block_size: int, block_bytes: int, memory: int, max_context: int) -> int:
     """How many blocks the memory holds: at least one longest sequence. `block_bytes` are those of all shards, in which
-    a head that several of them hold counts as often."""
+    a head that several of them hold counts as often. Raises ModelError, naming what would do."""
     blocks, needed = memory // block_bytes, -(-max_context // block_size)
     if blocks < needed:
         raise ModelError(

@@ -1,20 +1,22 @@
 """The seam between the engine, which decides, and the tensors, which compute.
 
 The engine plans in `Chunk`s; a Runner has them computed against a paged KV cache and answers with tokens. It owns no
-policy and keeps no sequence. A Stage is one shard's part of that: `workers/model_runner.py` is the real one,
-`workers/sim.py` the one without weights. A worker that is one shard has one stage for a Runner (`Alone`).
+policy and keeps no sequence. A Stage is one shard's part of that: `workers/model_runner.py` is the one on CPUs,
+`workers/gpu_runner.py` the one on GPUs, `workers/sim.py` the one without weights. A worker that is one shard has one
+stage for a Runner (`Alone`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.layout import Layout
+from workers.device import DeviceCache
 from workers.sequence import Sequence
 from workers.shard import Shard
 
@@ -26,11 +28,12 @@ class Chunk:
     sequence: Sequence
     first: int
     take: int
+    ahead: int = 0  # of these, the last so many are tokens that the step before chooses
+    samples: bool = field(init=False)  # it ends with the last token there is, so its last logits choose the next one
 
-    @property
-    def samples(self) -> bool:
-        """It ends with the last token there is, so its last logits choose the next one."""
-        return self.first + self.take == len(self.sequence.tokens)
+    def __post_init__(self) -> None:
+        last = self.first + self.take == len(self.sequence.tokens) + self.ahead
+        object.__setattr__(self, "samples", last)  # for good: the token may be known by the time it is collected
 
 
 class Stage(Protocol):
@@ -40,6 +43,7 @@ class Stage(Protocol):
     shard: Shard
     num_blocks: int
     vocab_size: int
+    device_cache: DeviceCache | None  # where blocks are that `block` cannot show
 
     def run(self, chunks: list[Chunk]) -> list[int | None]:
         """One step: write the chunks' KV, and for each chunk that samples return its next token, else None. Only the
@@ -48,7 +52,7 @@ class Stage(Protocol):
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         """A writable view of this shard's part of one block [shard.part(layout).block_bytes], in the canonical
-        order."""
+        order. There is none where there is a `device_cache`."""
         ...
 
 
@@ -60,7 +64,9 @@ class Runner(Protocol):
     peers: tuple[str, ...]  # rank - 1 -> where the others serve gRPC
     num_blocks: int
     vocab_size: int
+    device_cache: DeviceCache | None
     depth: int  # steps that may be in flight
+    ahead: bool  # it computes them one by one, so a step may go on from tokens that the one in flight chooses
 
     def submit(self, chunks: list[Chunk]) -> None:
         """Begin a step. No more than `depth` of them may be without their `collect`."""
@@ -80,6 +86,8 @@ class Alone(ABC):
 
     peers: tuple[str, ...] = ()
     depth = 1
+    ahead = False
+    device_cache: DeviceCache | None = None
 
     def submit(self, chunks: list[Chunk]) -> None:
         self._submitted = chunks

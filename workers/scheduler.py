@@ -9,7 +9,8 @@ to the head of the queue, where the stores are asked what they have of it by now
 
 With `depth` > 1, that many steps are in flight in a pipeline at once. A sequence whose next token is in flight is left
 out; a prompt's next chunk may follow one in flight. Decodes are divided among the steps. What is in flight keeps its
-blocks: it is not preempted, and a sequence that ends meanwhile has them until its last step was collected.
+blocks: it is not preempted, and a sequence that ends meanwhile has them until its last step was collected. With
+`foresight`, steps in flight follow each other on one device: none is left out of whom it says so, nothing is divided.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Scheduler:
     max_sequences: int
     depth: int  # steps that may be in flight
     choose: Callable[[Sequence, int], Choice]  # (sequence, blocks of it on the device) -> what to fetch
+    foresight: Callable[[Sequence], bool] | None = None  # as `workers.foresight`
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)  # oldest first
     receiving: dict[str, Sequence] = field(default_factory=dict)  # id -> sequence
@@ -69,12 +71,15 @@ class Scheduler:
                 if victim is sequence:
                     break
             else:
-                chunks[sequence.id] = Chunk(sequence, sequence.computed + sequence.in_flight, take)
+                first = sequence.computed + sequence.in_flight
+                chunks[sequence.id] = Chunk(sequence, first, take, sequence.pending)
                 budget -= take
         if not (schedule.preempted or short):
             self._admit(chunks, schedule, budget)
         schedule.chunks.extend(chunks.values())
         for chunk in schedule.chunks:
+            if chunk.samples and self.foresight is not None and self.foresight(chunk.sequence):
+                chunk.sequence.pending += 1
             chunk.sequence.in_flight += chunk.take
         return schedule
 
@@ -82,6 +87,8 @@ class Scheduler:
         """Those of the next step, oldest first: a share of all that there are, so that `depth` groups of about equal
         size circulate. Nobody is passed over for long, because who is older does not come back for `depth` steps."""
         ready = [s for s in self.running if s.gap == 1]
+        if self.foresight is not None:
+            return ready
         in_flight = sum(s.gap == 0 for s in self.running)  # those whose prompt is about to end count already
         share = -(-(len(ready) + in_flight) // self.depth)
         rest = -(-len(ready) // (self.depth - steps_in_flight))  # of four in three groups: 2, 1 and 1, not 2 and 2
@@ -182,6 +189,8 @@ class Scheduler:
         sequence.in_flight -= chunk.take
         if sequence.state is State.RUNNING:
             sequence.computed += chunk.take
+            if chunk.samples and sequence.pending:
+                sequence.pending -= 1
             return True
         if not sequence.in_flight:
             self.release(sequence)

@@ -42,6 +42,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # prompt, then output
     computed: int = 0
     in_flight: int = 0  # tokens after those, in steps that were submitted and not collected
+    pending: int = 0  # tokens that these steps choose, and that the next one may go on from without their being known
     cached: int = 0  # tokens that did not have to be computed when first scheduled: on the device, or fetched
     block_table: list[int] = field(default_factory=list)  # position // block_size -> block id
     hashes: list[bytes] = field(default_factory=list)  # chain hashes of the full blocks, as far as known
@@ -77,4 +78,4 @@ class Sequence:
     @property
     def gap(self) -> int:
         """Tokens whose KV is missing and which no step in flight computes. 0: its next token is in flight."""
-        return len(self.tokens) - self.computed - self.in_flight
+        return len(self.tokens) + self.pending - self.computed - self.in_flight

@@ -32,7 +32,7 @@ from workers.block_mover import OwnBlocks
 from workers.quantization import Int8Codec
 from workers.runner import Stage
 from workers.shard_answers import error_told, fetched_blocks, followed, source_of, unpacked
-from workers.stored_blocks import EncodedBlocks, ExactBlocks, StoredBlocks
+from workers.stored_blocks import EncodedBlocks, StoredBlocks, exact_blocks
 
 _GIVEN_UP = Unavailable.code, "the copy was given up"
 REMEMBERED = 1024  # cancellations that came before their operation did, or after it had ended
@@ -56,7 +56,7 @@ class BlockServer:
     """`quantized`: there are stores of approximate KV too. `force_inline` takes the path between machines on one."""
 
     def __init__(self, stage: Stage, identity: Identity, quantized: bool, *, force_inline: bool = False) -> None:
-        kinds: dict[bool, StoredBlocks] = {True: ExactBlocks(stage)}
+        kinds: dict[bool, StoredBlocks] = {True: exact_blocks(stage)}
         if quantized:
             kinds[False] = EncodedBlocks(stage, Int8Codec(stage.shard.part(stage.layout)))
         self._kinds = {exact: _Kind(blocks, identity.secret, force_inline) for exact, blocks in kinds.items()}

@@ -2,13 +2,14 @@
 
 Reading gives the bytes that go to a store. What comes from one lands where `Landing.write` says and is in the shard's
 blocks once it was accepted; encoded bytes never lie in them. A shard has its part of every block, and `part` says where
-in whole blocks that is. Who may use which kind is not decided here.
+in whole blocks that is. Where the KV cache is in a GPU's memory, bytes come and go through `device_blocks`. Who may use
+which kind is not decided here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from kvstore.copying import Block, in_thread
 from kvstore.layout import Layout
 from kvstore.part import Part
+from workers.device import DeviceCache
+from workers.device_blocks import DeviceBlocks
 from workers.shard import Shard
 
 
@@ -24,6 +27,7 @@ class ShardCache(Protocol):
 
     layout: Layout  # of whole blocks
     shard: Shard
+    device_cache: DeviceCache | None
 
     def block(self, index: int) -> Block: ...
 
@@ -49,6 +53,10 @@ class StoredBlocks(Protocol):
         """The bytes [part.own.block_bytes] of a block that nobody changes meanwhile, from any thread."""
         ...
 
+    def reader(self, blocks: Sequence[int]) -> Callable[[int], Block]:
+        """`read`, for these blocks, which will be asked for in this order and by one thread at a time."""
+        ...
+
     def landing(self, table: Sequence[int], start: int, stop: int) -> Landing:
         """For the places start..stop of a block table."""
         ...
@@ -63,8 +71,15 @@ class Codec(Protocol):
     def decode(self, stored: Block, block: Block) -> None: ...
 
 
+def exact_blocks(cache: ShardCache) -> StoredBlocks:
+    """Byte for byte, wherever the cache is."""
+    if cache.device_cache is not None:
+        return DeviceBlocks(cache.device_cache, cache.layout, cache.shard)
+    return ExactBlocks(cache)
+
+
 class ExactBlocks:
-    """Every copy is a copy."""
+    """Every copy is a copy, straight from or to the cache."""
 
     def __init__(self, cache: ShardCache) -> None:
         self.layout = cache.layout
@@ -73,6 +88,10 @@ class ExactBlocks:
 
     def read(self, block: int) -> Block:
         return self._cache.block(block)
+
+    def reader(self, blocks: Sequence[int]) -> Callable[[int], Block]:
+        del blocks
+        return self.read
 
     def landing(self, table: Sequence[int], start: int, stop: int) -> Landing:
         del start, stop
@@ -88,14 +107,18 @@ class EncodedBlocks:
             raise ValueError("the codec is for another part of a block than this shard's; give it shard.part(layout)")
         self.layout = dataclasses.replace(cache.layout, dtype=codec.stored.dtype, itemsize=codec.stored.itemsize)
         self.part = Part(self.layout, cache.shard.rectangle)
-        self._cache = cache
+        self._exact = exact_blocks(cache)
         self._codec = codec
 
     def read(self, block: int) -> Block:
-        return self._codec.encode(self._cache.block(block))
+        return self._codec.encode(self._exact.read(block))
+
+    def reader(self, blocks: Sequence[int]) -> Callable[[int], Block]:
+        read = self._exact.reader(blocks)
+        return lambda block: self._codec.encode(read(block))
 
     def landing(self, table: Sequence[int], start: int, stop: int) -> Landing:
-        return _Scratch(self._cache, self._codec, table, start, stop)
+        return _Scratch(self._exact.landing(table, start, stop), self._codec, start, stop)
 
 
 class _InPlace:
@@ -111,10 +134,9 @@ class _InPlace:
 
 
 class _Scratch:
-    def __init__(self, cache: ShardCache, codec: Codec, table: Sequence[int], start: int, stop: int) -> None:
-        self._cache = cache
+    def __init__(self, decoded: Landing, codec: Codec, start: int, stop: int) -> None:
+        self._decoded = decoded
         self._codec = codec
-        self._table = table
         self._start = start
         self._arrived = np.empty((stop - start, codec.stored.block_bytes), np.uint8)
 
@@ -125,6 +147,7 @@ class _Scratch:
     async def accept(self, stop: int) -> None:
         def decode() -> None:
             for position in range(self._start, stop):
-                self._codec.decode(self.write(position), self._cache.block(self._table[position]))
+                self._codec.decode(self.write(position), self._decoded.write(position))
 
         await in_thread(decode)
+        await self._decoded.accept(stop)

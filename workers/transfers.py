@@ -26,7 +26,7 @@ from workers.handoffs import Handoffs
 from workers.sequence import Sequence
 from workers.shard_peers import ShardPeers
 from workers.step import Step
-from workers.stored_blocks import ExactBlocks, StoredBlocks
+from workers.stored_blocks import StoredBlocks, exact_blocks
 from workers.tier_link import TierLink
 
 OFFLOADING = 2  # at most half of a worker's blocks wait to be written to the store
@@ -51,7 +51,7 @@ class Transfers:
         self._post = post
         idle = asyncio.Event()
         idle.set()
-        kinds: list[tuple[bool, StoredBlocks, Identity]] = [(True, ExactBlocks(runner), identity)]
+        kinds: list[tuple[bool, StoredBlocks, Identity]] = [(True, exact_blocks(runner), identity)]
         if approximate is not None:
             kinds.append((False, approximate, identity.approximate))
         limit = max(1, runner.num_blocks // (OFFLOADING * len(kinds)))

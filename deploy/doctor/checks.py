@@ -70,7 +70,7 @@ def cores(config: Config, machine: Machine) -> Finding:
 def memory(config: Config, machine: Machine, model: ModelFiles) -> Finding:
     """What all processes will ask for. `config` is resolved; weights are as large as on disk, at least."""
     workers = sum(count for _, count in config.roles)
-    weights = 0 if config.runner == "sim" else model.bytes
+    weights = model.bytes if config.runner == "torch" else 0
     needed = workers * (weights + config.kv_memory) + config.shards * WORKER_MEMORY
     found = f"{workers} workers need about {needed / GIB:.1f} GiB, {machine.memory_free / GIB:.1f} GiB are free"
     if needed <= machine.memory_free:
@@ -95,7 +95,7 @@ def disk(config: Config, facts: Disk) -> Finding:
 
 def gpus(facts: Gpus) -> Finding:
     if facts.devices:
-        return ok("GPUs", f"{'; '.join(facts.devices)}. This version computes on CPUs")
+        return ok("GPUs", f"{'; '.join(facts.devices)}. `--runner cuda` computes on them")
     if facts.device_files:
         return error(
             "GPUs",

@@ -82,6 +82,12 @@ def test_resolved_replaces_every_auto_and_changes_nothing_else() -> None:
     assert resolved(given) == given
 
 
+def test_workers_on_gpus_look_for_themselves_how_much_memory_is_left() -> None:
+    done = resolved(Config(runner="cuda", store_memory=11))
+    assert (done.dtype, done.kv_memory) == ("bfloat16", 0)
+    assert resolved(Config(runner="cuda", kv_memory=10, store_memory=11)).kv_memory == 10
+
+
 def test_little_shared_memory_means_files_and_one_line_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

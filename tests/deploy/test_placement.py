@@ -6,7 +6,7 @@ from cluster.config import Config
 from cluster.errors import ModelError, StartupError
 from cluster.messages import Role
 from deploy.node_roles import Node
-from deploy.placement import bundles, check_model, check_nodes
+from deploy.placement import bundles, check_model, check_nodes, of_shard
 from workers.shard import Sizes
 
 SMOLLM2 = Sizes(heads=9, kv_heads=3, layers=30, intermediate=1536, vocabulary=49152)
@@ -82,3 +82,10 @@ def test_nodes_with_roles(settings: dict[str, int], nodes: list[Node], message: 
 )
 def test_a_bundle_is_a_tensor_group(role: Role, expected: list[dict[str, float]]) -> None:
     assert bundles(Config(prefill_tp=3, decode_pp=3, threads=2), role) == expected
+
+
+def test_a_shard_on_gpus_has_one_of_its_own() -> None:
+    on_gpus = Config(runner="cuda", decode_tp=3, threads=2)
+    assert bundles(on_gpus, "decode") == [{"CPU": 6.0, "GPU": 3.0}]
+    assert of_shard(on_gpus) == {"num_cpus": 2, "num_gpus": 1}
+    assert of_shard(Config(threads=2))["num_gpus"] == 0

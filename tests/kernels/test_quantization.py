@@ -27,3 +27,12 @@ def test_each_row_has_its_own_scale() -> None:
     values = torch.tensor([[1e-3, 2e-3], [1e3, -2e3]])
     back = dequantize(*quantize(values), torch.float32)
     assert torch.allclose(back, values, rtol=0.01)
+
+
+def test_e4m3_keeps_a_sixteenth_of_each_value_and_uses_the_whole_range() -> None:
+    values = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    levels, scales = quantize(values, torch.float8_e4m3fn)
+    error = (dequantize(levels, scales, torch.float32) - values).abs()
+    assert (error <= values.abs() / 15.9 + scales[:, None] * 2**-10).all()
+    assert (levels.float().abs().amax(-1) == 448).all()
+    assert not quantize(torch.zeros(2, 4), torch.float8_e4m3fn)[1].any()

@@ -5,7 +5,7 @@ import math
 import torch
 
 from kernels import reference
-from kernels.sampling import gumbel, key
+from kernels.sampling import gumbel, key, sample_rows
 
 IDS = torch.arange(50_000)
 PINNED_KEY = (1072924147, 1340723871)
@@ -59,3 +59,19 @@ def test_no_correlation_between_seeds_positions_and_neighbouring_tokens() -> Non
     ]
     for other in others:
         assert abs(float(torch.corrcoef(torch.stack((base, other)))[0, 1])) < limit
+
+
+def test_rows_are_drawn_from_what_the_filters_leave() -> None:
+    """Against the worker's sampler: tests/kernels/interpreted/test_sampling.py. Here, each filter by itself."""
+    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]).expand(400, -1)
+    words = torch.tensor([key(seed, 1) for seed in range(400)])
+    for expected, temperature, top_k, top_p, min_p in [
+        ({1}, 0.0, 0, 1.0, 0.0),
+        ({1}, 1.0, 1, 1.0, 0.0),
+        ({1, 2, 3}, 1.0, 2, 1.0, 0.0),  # equals live or die together
+        ({1, 2, 3}, 1.0, 0, 0.8, 0.0),
+        ({0, 1, 2, 3}, 1.0, 0, 1.0, 0.1),
+        ({0, 1, 2, 3, 4}, 1.0, 0, 1.0, 0.0),
+    ]:
+        rows = [torch.full((400,), each) for each in (temperature, top_k, top_p, min_p)]
+        assert set(sample_rows(logits, *rows, words).tolist()) == expected

@@ -51,6 +51,7 @@ class Cache:
 
     def __init__(self, layout: Layout, shard: Shard) -> None:
         self.layout, self.shard, self.num_blocks, self.vocab_size = layout, shard, BLOCKS, 1
+        self.device_cache = None
         part = Part(layout, shard.rectangle)
         self._blocks = np.zeros((BLOCKS, part.own.block_bytes), np.uint8)
         for index in range(FILLED):

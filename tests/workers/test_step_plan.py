@@ -33,6 +33,7 @@ class MirrorRunner:
     """A pipeline of `depth` whose stages know only step plans."""
 
     peers: tuple[str, ...] = ()
+    ahead = False
 
     def __init__(self, num_blocks: int, depth: int) -> None:
         self._sim = SimRunner(sim_layout(BLOCK), num_blocks, VOCAB)
