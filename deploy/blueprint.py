@@ -34,7 +34,7 @@ class Blueprint:
     template: WorkerSettings  # of every worker but for id and role
     stores: tuple[StoreSet, ...]  # of every node
     router: RouterSettings
-    needs: Needs | None  # of GPUs; None: it computes on none
+    needs: Needs | None  # of GPUs; None: it computes on CPUs
 
 
 def blueprint(config: Config, model: ResolvedModel, redis_url: str, host: str) -> Blueprint:

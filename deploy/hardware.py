@@ -67,7 +67,7 @@ class Place:
 
 
 def choose(config: Config, needs: Needs | None, nodes: Sequence[Node]) -> dict[Role, Place]:
-    """Role -> where it computes. `nodes`: those that are alive. `needs`: None when nothing computes on GPUs.
+    """Roles -> which GPUs. `nodes`: those that are alive. `needs`: None where workers compute on CPUs; no role is told.
 
     Raises StartupError, which says what there is, what the model needs and what would do, when the first workers cannot
     be placed.
@@ -81,8 +81,8 @@ def choose(config: Config, needs: Needs | None, nodes: Sequence[Node]) -> dict[R
         own = [index for index, node in enumerate(nodes) if node.gpus >= 1 and pin.allows(node)]
         if not own:
             raise StartupError(
-                f"runner cuda: no node{pin.where} for {role} workers has a GPU that Ray knows of; start one with GPUs, "
-                "say how many with `ray start --num-gpus`, or compute on CPUs with --runner torch"
+                f'{role} workers compute on GPUs (runner = "cuda") and no node{pin.where} has any; use --runner torch, '
+                "or add nodes with GPUs"
             )
         chosen[role] = _choose(config, role, count, needs, nodes, own, free, pin)
     return chosen

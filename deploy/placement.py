@@ -2,8 +2,8 @@
 
 The tensor parallel ranks of one pipeline stage, a tensor group, exchange sums several times per layer: they must be on
 one node. Stages pass activations on once a step and may be on different ones. One CPU per thread of every shard, and a
-GPU where it computes on one. Which nodes a worker may be on is said in `deploy/node_roles.py`, on which GPUs in
-`deploy/hardware.py`.
+GPU where it computes on one.
+Which nodes a worker may be on is said in `deploy/node_roles.py`, on which GPUs in `deploy/hardware.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_model(config: Config, sizes: Sizes) -> None:
 
 
 def places(config: Config, needs: Needs | None, nodes: Sequence[Node]) -> dict[Role, Place]:
-    """Role -> which GPUs it computes on, if on any. `nodes`: those that are alive; `needs`: None where it is on CPUs.
+    """Roles -> which GPUs. `nodes`: those that are alive; `needs`: None where workers compute on CPUs.
 
     Raises StartupError when the nodes cannot hold the first workers.
     """

@@ -65,7 +65,7 @@ def model_shape(architecture: Architecture) -> ModelShape:
 
 
 def gpu_needs(config: Config, architecture: Architecture, context: int) -> Needs | None:
-    """What its shards need of GPUs. None: they compute on none."""
+    """What its shards need of GPUs. None: they compute on CPUs."""
     if config.runner != "cuda":
         return None
     shape, size = model_shape(architecture), ITEMSIZE[config.dtype]

@@ -83,7 +83,7 @@ class Progress:
 
 class Workforce:
     """`template`: the settings of every worker but for id and role. `sets`: the stores of a node. `places`: which GPUs
-    a role computes on; one that is not there computes on CPUs. For one thread at a time."""
+    a role wants; one that is not there wants none. For one thread at a time."""
 
     def __init__(
         self, template: WorkerSettings, model: Path, sets: Sequence[StoreSet], places: Mapping[Role, Place]
@@ -189,8 +189,7 @@ class Workforce:
             bundle_label_selector=[selector] * len(bundles) if selector else None,
         )
         each = " and ".join(f"{count:g} {what}s" for what, count in bundles[0].items())
-        where = dataclasses.replace(pin, selector=selector).where
-        wanted = f"{len(bundles)} x {each}, each on one node{where}"
+        wanted = f"{len(bundles)} x {each}, each on one node{dataclasses.replace(pin, selector=selector).where}"
         settings = dataclasses.replace(self._template, id=worker_id, role=role)
         shards, place_s = math.prod(self._config.grid(role)), PLACE_S if first else RENT_S
         self._posts[worker_id] = Post(role, settings, shards, group, place_s, time.monotonic(), wanted=wanted)

@@ -52,8 +52,7 @@ class Engine:
         self._layouts = {True: runner.layout, False: stored or runner.layout}  # sequence is exact -> its stores'
         self._changes: list[Change] = []  # what became of names that can be hit, since the last step
         self.pool = BlockPool(runner.num_blocks, self._changes)
-        self.block_size = runner.layout.tokens
-        self.max_context = max_context
+        self.block_size, self.max_context = runner.layout.tokens, max_context
         # or one long sequence alone would preempt itself for ever
         assert runner.num_blocks * self.block_size >= max_context, "the KV cache cannot hold one longest sequence"
         self.model = PerfModel(token_budget, prior)

@@ -17,7 +17,7 @@ from cluster.messages import Generation, Sampling
 from kvstore.layout import Layout
 from workers.architecture import Architecture
 from workers.device import Device
-from workers.gpu_memory import Profile, blocks_for
+from workers.gpu_memory import GIB, Profile, blocks_for
 from workers.links import Links
 from workers.runner import Chunk, Stage
 from workers.sequence import Sequence
@@ -56,7 +56,13 @@ class MemoryProfile:
             chunks = largest_step(self._limits, self._layout.tokens)
             made(1 + max(max(chunk.sequence.block_table) for chunk in chunks)).run(chunks)
 
-        total, peak = self._device.memory(largest)
+        try:
+            total, peak = self._device.memory(largest)
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"a step of {self._limits.token_budget} tokens and {self._limits.max_sequences} sequences does not fit "
+                f"on the GPU beside {self._weights / GIB:.1f} GiB of weights; lower token_budget or max_sequences"
+            ) from None
         own = torch.tensor([self._blocks(Profile(total, peak, self._weights))], device=self._device.place)
         return int(links.gather(own).min())
 

@@ -79,7 +79,6 @@ class GpuRunner(Alone):
         self.num_blocks = num_blocks
         self.vocab_size = architecture.vocab_size
         self.max_context = limits.max_context
-        self._group = architecture.num_heads // architecture.num_kv_heads
         self._links = links
         self._decoder = decoder
         self._cache = KvCache(shard.part(block_layout), num_blocks, device.place)
@@ -152,7 +151,7 @@ class GpuRunner(Alone):
 
     def submit(self, chunks: list[Chunk]) -> None:
         with torch.inference_mode():
-            step = plan(chunks, self._tables, self.layout.tokens, self._group, self._sampled)
+            step = plan(chunks, self._tables, self.layout.tokens, self.shard.group, self._sampled)
             self._sampled = step.sampled
             computed = self._graphs.run(step, self._clear) if self._graphs is not None else None
             if computed is None:

@@ -79,7 +79,7 @@ def test_workers_that_do_both_take_what_is_good_for_decode() -> None:
     assert choose(Config(prefill=0, decode=2), LLAMA_8B, [L40S, H200]) == {"both": Place(("H200",))}
 
 
-def test_what_computes_on_cpus_gets_no_gpus() -> None:
+def test_on_cpus_nothing_is_chosen() -> None:
     assert choose(Config(), None, [H200]) == {}
 
 
@@ -97,9 +97,8 @@ def test_what_computes_on_cpus_gets_no_gpus() -> None:
         ({}, LLAMA_8B_LONG, [Node(8, gpus=1, gpu="L4")], "use --prefill-pp 2 or --max-context 27008 or nodes"),
         ({}, LLAMA_70B, [at(H200, "decode"), at(L40S, "prefill")],
             "nodes labelled tandem.role=prefill: 1 node with 4 x L40S"),
-        ({}, LLAMA_8B, [CPUS, CPUS], "runner cuda: no node for prefill workers has a GPU"),
-        ({}, LLAMA_8B, [at(CPUS, "prefill"), at(H200, "decode")],
-            "runner cuda: no node labelled tandem.role=prefill for prefill workers has a GPU"),
+        ({}, LLAMA_8B, [CPUS], "prefill workers compute on GPUs .* and no node has any; use --runner torch, or add"),
+        ({}, LLAMA_8B, [at(CPUS, "prefill"), at(H200, "decode")], "no node labelled tandem.role=prefill has any"),
         ({"prefill_tp": 8}, LLAMA_8B, [L40S],
             r"prefill workers need 8 GPUs on one node \(--prefill-tp 8\); nodes whose GPUs are large enough: 1 node "
             r"with 4 x L40S \(47 GB\); use --prefill-tp 4, or add nodes with 8 GPUs"),
@@ -121,7 +120,7 @@ def test_what_is_suggested_would_do() -> None:
 
 
 def test_what_ray_is_asked() -> None:
-    config = Config(prefill_tp=4, prefill_pp=2, threads=3, runner="cuda")
+    config = Config(runner="cuda", prefill_tp=4, prefill_pp=2, threads=3)
     assert bundles(config, "prefill") == [{"CPU": 12.0, "GPU": 4.0}] * 2
     assert Place().selector(first=True) == {}
     place = Place(("L40S",), ("H200", "L40S"), ("8",), ("44", "140"))

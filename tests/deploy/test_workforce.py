@@ -48,7 +48,7 @@ def made(config: Config, chosen: dict[Role, Place]) -> Workforce:
 
 def test_gpus_are_asked_for_by_role_and_later_by_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(monkeypatch, NODES)
-    config = Config(prefill_tp=2, prefill_pp=2, decode_tp=2, threads=2, runner="cuda")
+    config = Config(runner="cuda", prefill_tp=2, prefill_pp=2, decode_tp=2, threads=2)
     force = made(config, places(config, NEEDS, [Node.of(node) for node in NODES]))
     force._start("prefill-0", "prefill", first=True)
     force._start("decode-0", "decode", first=True)
@@ -67,7 +67,7 @@ def test_gpus_are_asked_for_by_role_and_later_by_what_fits(monkeypatch: pytest.M
 def test_roles_of_nodes_and_types_of_gpus_are_asked_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [NODES[0], *({**node, "Labels": {**node["Labels"], ROLE_LABEL: "prefill"}} for node in NODES[1:])]
     asked = Asked(monkeypatch, nodes)
-    config = Config(prefill_tp=2, threads=2, runner="cuda")
+    config = Config(runner="cuda", prefill_tp=2, threads=2)
     force = made(config, places(config, NEEDS, [Node.of(node) for node in nodes]))
     force._start("prefill-0", "prefill", first=True)
     assert asked.groups == [([{"CPU": 4.0, "GPU": 2.0}], [{ROLE_LABEL: "prefill", NVLINK_LABEL: "4"}])]

@@ -204,6 +204,18 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(model: Path) -> No
         )
 
 
+def test_a_step_that_does_not_fit_is_refused_with_what_to_lower(model: Path) -> None:
+    class Full(Sized):
+        def memory(self, run: object) -> tuple[int, int]:
+            if self.answers[0] == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().memory(run)
+
+    block = block_bytes(model)
+    with pytest.raises(ModelError, match="64 tokens and 8 sequences does not fit"):
+        GpuRunner.load(model, "float32", BLOCK, 0, LIMITS, None, Full(400 * block, block, 0))
+
+
 def test_what_the_kernels_do_not_serve_is_refused_with_what_they_do(model: Path) -> None:
     with pytest.raises(ModelError, match="multiple of 16 up to 128"):
         GpuRunner.load(model, "float32", 8, 2**24, LIMITS, None, Device())
