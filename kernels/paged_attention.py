@@ -86,8 +86,8 @@ def attend(
     scale: float,
     window: int,  # a query sees the last `window` keys up to its own; 0: all
     scales: Tensor | None = None,  # [blocks, Hkv, layers, 2, block size] fp32, of an int8 or e4m3 cache
-    out: Tensor | None = None,  # [T, Hq * D]
-    lse: Tensor | None = None,  # [T, Hq] fp32: ln of the sum of exp(scale * q k), so that results can be merged
+    out: Tensor | None = None,  # [T, Hq * D], rows of any stride
+    lse: Tensor | None = None,  # [T, Hq] fp32, contiguous: ln of the sum of exp(scale * q k), to merge results by
 ) -> Tensor:  # [T, Hq * D]
     """Causal attention of every row that belongs to a sequence. A row without keys gives 0, with lse -inf.
 
@@ -129,8 +129,8 @@ def _check(q: Tensor, cache: Tensor, scale: float, scales: Tensor | None) -> Non
             f"heads of {dim} in blocks of {block_size} tokens: D must be a multiple of 16 up to 256, "
             "the block size a multiple of 16 up to 128"
         )
-    if not cache.is_contiguous() or q.stride(2) != 1:
-        raise ValueError("the cache must be contiguous, and so must each head of q")
+    if not cache.is_contiguous() or not (scales is None or scales.is_contiguous()) or q.stride(2) != 1:
+        raise ValueError("the cache and its scales must be contiguous, and so must each head of q")
     if (cache.dtype in EIGHT_BITS) != (scales is not None):
         raise ValueError(f"a cache of {cache.dtype} {'has no' if scales is not None else 'needs'} scales")
     if cache.dtype not in EIGHT_BITS and cache.dtype != q.dtype:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -197,6 +198,10 @@ def prefill_constants(q: Tensor, cache: LayerCache, window: int) -> dict[str, An
     """What a variant of `_prefill` is compiled for, beside the types of its arguments."""
     kv_heads, block_size, dim = cache.keys.shape[1:]
     padded = max(64, triton.next_power_of_2(dim))
+    configuration = CONFIGURATIONS[padded, cache.keys.element_size()]
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
+        # without wgmma the queries are in registers too, and there is no room for addresses loaded in advance
+        configuration = configuration | {"num_stages": 2}
     return {
         "WINDOWED": window > 0,
         "GROUP": q.shape[1] // kv_heads,
@@ -205,5 +210,5 @@ def prefill_constants(q: Tensor, cache: LayerCache, window: int) -> dict[str, An
         "D": dim,
         "D_PAD": padded,
         "COMPUTE": compute_type(q.dtype, cache.keys.dtype),
-        **CONFIGURATIONS[padded, cache.keys.element_size()],
+        **configuration,
     }

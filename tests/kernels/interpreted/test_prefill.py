@@ -1,5 +1,6 @@
 """Chunked-prefill paged attention against the oracle in fp64, against decode, and what must not change a bit of it."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -72,3 +73,25 @@ def test_one_step_with_both_kinds_and_padding() -> None:
     spare = torch.full((3, 2), -1, dtype=torch.int32)
     step = replace(mixed.step, prefill_tiles=torch.cat((mixed.step.prefill_tiles, spare)))
     replace(mixed, step=step).check(1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_steps(seed: int) -> None:
+    """Decoding rows and chunks of any size, in any of the shapes that are served."""
+    draw = random.Random(seed)
+    decodes, chunks = draw.randint(0, 3), draw.randint(0, 3)
+    queries = [1] * decodes + [draw.randint(1, 60) for _ in range(chunks)]
+    lengths = [draw.randint(0, 700) for _ in range(decodes)] + [draw.randint(0, 90) + n for n in queries[decodes:]]
+    dtype = draw.choice([FP32, FP16, BF16])
+    step = case(
+        [*lengths, 5],
+        [*queries, 2],
+        decodes,
+        group=draw.randint(1, 16),
+        kv_heads=draw.randint(1, 2),
+        dim=draw.choice([16, 64, 80, 96, 128]),
+        dtype=dtype,
+        block_size=draw.choice([16, 32, 64, 112]),
+        seed=seed,
+    )
+    step.check(TOLERANCE[dtype], draw.choice([0, draw.randint(1, 300)]))
