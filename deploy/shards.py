@@ -21,7 +21,8 @@ from workers.architecture import load_architecture
 from workers.assembly import join, load
 from workers.control import ControlListener
 from workers.follower import Follower
-from workers.gpu_runner import GpuRunner, Limits
+from workers.gpu_profile import Limits
+from workers.gpu_runner import GpuRunner
 from workers.lead import Lead
 from workers.links import Links, NoLinks
 from workers.model_runner import ModelRunner

@@ -4,7 +4,7 @@
                          fetching  foresight  offering  sightings
     computes             runner (the seam)  model  attention  cache  rope  sampling;  sim
       on CPUs            model_runner  batch  segments
-      on GPUs            gpu_runner  device (what only a GPU has)  device_batch  decode_graphs  gpu_memory
+      on GPUs            gpu_runner  device (what only a GPU has)  device_batch  decode_graphs  gpu_memory  gpu_profile
     in shards            shard  links  process_links  exchange  vocabulary
                          lead  follower  step_plan  control  assembly
     serves               worker  registration  streams  cache_changes  gpus

@@ -45,7 +45,7 @@ def _keys(most: int) -> list[int]:
 
 def _shape(rows: int, keys: int, block_size: int) -> Shape:
     """Of a step in which every row may have that many keys."""
-    return Shape(rows, rows, -(-keys // block_size), rows, rows * (keys // CHUNK), 0, rows)
+    return Shape(rows, rows, -(-keys // block_size), rows, rows * (keys // CHUNK), 0, rows, rows)
 
 
 class Staging:
@@ -73,6 +73,7 @@ class Staging:
 @dataclass(frozen=True, slots=True)
 class _Captured(Generic[T]):
     shape: Shape
+    batch: DeviceBatch
     replay: Callable[[], T]
 
 
@@ -91,13 +92,14 @@ class DecodeGraphs(Generic[T]):
         words = self._staging.send(None, shape, self._words)
         device.synchronize()  # before the next bucket's words take the place of these
         batch = DeviceBatch.over(words, shape)
-        return _Captured(shape, device.capture(lambda: compute(batch)))
+        return _Captured(shape, batch, device.capture(lambda: compute(batch)))
 
-    def run(self, step: Plan) -> T | None:
-        """None: no bucket holds it."""
+    def run(self, step: Plan, prepare: Callable[[Plan, DeviceBatch], None]) -> T | None:
+        """`prepare` is what precedes the graph. None: no bucket holds the step."""
         fitting = [captured for captured in self._captured if captured.shape.holds(step.shape)]
         if not fitting:
             return None
         captured = fitting[-1]  # the smallest
         self._staging.send(step, captured.shape, self._words)
+        prepare(step, captured.batch)
         return captured.replay()

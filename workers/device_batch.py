@@ -48,6 +48,7 @@ class Shape:
     items: int  # of work, for decode attention
     tiles: int  # of queries, for prefill attention
     samples: int  # rows whose logits are wanted
+    fresh: int  # blocks that are begun and not filled
 
     def holds(self, other: Shape) -> bool:
         """Only a step of decodes can be padded: a row of padding has to be a sequence of its own."""
@@ -80,6 +81,7 @@ def fields(shape: Shape) -> tuple[dict[str, Field], int]:
         ("decode_item_starts", (s.decodes + 1,), False),
         ("prefill_tiles", (s.tiles, 2), False),
         ("sample_rows", (s.samples,), False),
+        ("fresh_blocks", (s.fresh,), False),
         ("temperature", (s.samples,), True),
         ("top_p", (s.samples,), True),
         ("min_p", (s.samples,), True),
@@ -129,7 +131,7 @@ class Plan:
     items: Words  # [I, 2]
     item_starts: Words  # [decodes + 1]
     tiles: Words  # [P, 2]
-    fresh: tuple[int, ...]  # blocks that this step begins and does not fill
+    fresh: list[int]  # blocks that this step begins and does not fill
     sources: Words  # [decodes] row of the samples of the step before that its token is; -1: it is known
     sampled: dict[Sequence, int]  # -> row of its samples
 
@@ -149,7 +151,9 @@ def plan(
     tiles = prefill_tiles(lengths, query_starts, decodes, group)
     taken = [place for place, chunk in enumerate(chunks) if place < decodes or chunk.samples]
     width = -(-int(lengths.max()) // block_size)
-    shape = Shape(int(query_starts[-1]), len(chunks), width, decodes, len(items), len(tiles), len(taken))
+    fresh = [block for chunk in chunks for block in _fresh(chunk, block_size)]
+    counts = (decodes, len(items), len(tiles), len(taken), len(fresh))
+    shape = Shape(int(query_starts[-1]), len(chunks), width, *counts)
     return Plan(
         chunks=tuple(chunks),
         tables=tuple(tables.of([chunk.sequence for chunk in chunks])),
@@ -163,7 +167,7 @@ def plan(
         tiles=tiles,
         sources=np.array([before[c.sequence] if c.ahead else -1 for c in chunks[:decodes]], np.int32),
         sampled={chunks[place].sequence: row for row, place in enumerate(taken)},
-        fresh=tuple(block for chunk in chunks for block in _fresh(chunk, block_size)),
+        fresh=fresh,
     )
 
 
@@ -207,6 +211,7 @@ def fill(buffer: Words, shape: Shape, step: Plan | None, block_size: int) -> Non
     views["decode_item_starts"][: len(step.item_starts)] = step.item_starts
     views["decode_item_starts"][len(step.item_starts) :] = step.item_starts[-1]
     views["prefill_tiles"][:] = step.tiles
+    views["fresh_blocks"][: len(step.fresh)] = step.fresh
     _fill_samples(views, step)
 
 
@@ -257,6 +262,7 @@ class DeviceBatch:
     slots: Tensor  # [T]
     step: PagedStep
     sample_rows: Tensor  # [R]
+    fresh_blocks: Tensor  # [N]; those of the step come first
     temperature: Tensor  # [R], 0: greedy
     top_k: Tensor  # [R], 0: all
     top_p: Tensor  # [R]

@@ -9,7 +9,6 @@ be copied by whoever likes, when it was collected.
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ModelError
-from cluster.messages import Generation, Sampling
 from kernels.sampling import sample_rows
 from kvstore.layout import Layout
 from workers.architecture import Architecture, layout, load_architecture, sizes
@@ -29,7 +27,7 @@ from workers.cache import KvCache
 from workers.decode_graphs import DecodeGraphs, Staging, buckets
 from workers.device import Cuda, Device, DeviceCache
 from workers.device_batch import BlockTables, DeviceBatch, Plan, plan
-from workers.gpu_memory import Profile, blocks_for
+from workers.gpu_profile import Limits, MemoryProfile
 from workers.links import Links, NoLinks
 from workers.model import Decoder
 from workers.model_runner import blocks_in, context
@@ -39,7 +37,7 @@ from workers.sampling import sample
 from workers.sequence import Sequence
 from workers.shard import Shard, shards, whole
 from workers.vocabulary import sample_slice
-from workers.weights import load_weights, shapes
+from workers.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +58,8 @@ class _Flight:
     chunks: int
     tokens: Tensor | None  # [R] int64, pinned
     rows: list[int]  # of the samples, whose tokens the host chooses
-    logits: Tensor | None  # [len(rows), V]
+    logits: Tensor | None  # [len(rows), V], pinned unless ranks have parts of the vocabulary
     wait: Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The largest step and the longest sequence."""
-
-    token_budget: int
-    max_sequences: int
-    max_context: int
 
 
 class GpuRunner(Alone):
@@ -90,7 +79,6 @@ class GpuRunner(Alone):
         self.num_blocks = num_blocks
         self.vocab_size = architecture.vocab_size
         self.max_context = limits.max_context
-        self._group = architecture.num_heads // architecture.num_kv_heads
         self._links = links
         self._decoder = decoder
         self._cache = KvCache(shard.part(block_layout), num_blocks, device.place)
@@ -125,7 +113,7 @@ class GpuRunner(Alone):
         block_layout, torch_dtype = layout(architecture, dtype, block_size), getattr(torch, dtype)
         check(architecture, block_layout)
         limits = replace(limits, max_context=context(architecture, limits.max_context))
-        memory = None if kv_memory_bytes else _Memory(place, architecture, own, block_layout, limits)
+        memory = None if kv_memory_bytes else MemoryProfile(place, architecture, own, block_layout, limits)
         with torch.inference_mode():
             weights = load_weights(directory, architecture, own, torch_dtype, place.place, progress)
             table = rope_table(architecture.rope, architecture.head_dim, limits.max_context, torch_dtype)
@@ -163,13 +151,13 @@ class GpuRunner(Alone):
 
     def submit(self, chunks: list[Chunk]) -> None:
         with torch.inference_mode():
-            step = plan(chunks, self._tables, self.layout.tokens, self._group, self._sampled)
+            step = plan(chunks, self._tables, self.layout.tokens, self.shard.group, self._sampled)
             self._sampled = step.sampled
-            if step.fresh:
-                self._cache.clear(torch.tensor(step.fresh, device=self._device.place))
-            computed = self._graphs.run(step) if self._graphs is not None else None
+            computed = self._graphs.run(step, self._clear) if self._graphs is not None else None
             if computed is None:
-                computed = self._compute(DeviceBatch.over(self._staging.send(step, step.shape), step.shape))
+                batch = DeviceBatch.over(self._staging.send(step, step.shape), step.shape)
+                self._clear(step, batch)
+                computed = self._compute(batch)
             self._flight.append(self._begun(step, computed, len(chunks)))
 
     def collect(self) -> list[int | None]:
@@ -182,6 +170,10 @@ class GpuRunner(Alone):
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         return self._cache.bytes_of(index)
+
+    def _clear(self, step: Plan, batch: DeviceBatch) -> None:
+        if step.fresh:
+            self._cache.clear(batch.fresh_blocks[: len(step.fresh)].long())
 
     def _compute(self, batch: DeviceBatch) -> _Computed:
         """All that a graph holds."""
@@ -197,15 +189,20 @@ class GpuRunner(Alone):
 
     def _begun(self, step: Plan, computed: _Computed, chunks: int) -> _Flight:
         """What the host wants of a step, on its way there: the next step writes over what is in a graph's memory."""
-        tokens = None
-        if computed.tokens is not None:
-            tokens = self._device.staging(8 * len(computed.tokens)).view(torch.int64)
-            tokens.copy_(computed.tokens, non_blocking=True)
+        tokens = None if computed.tokens is None else self._on_its_way(computed.tokens)
         # penalties and biases are of the whole sequence so far, which is on the host
         wanted = [(row, draw) for row, draw in enumerate(step.draws) if draw is not None]
         rows = [row for row, draw in wanted if tokens is None or draw.adjusted]
-        logits = computed.logits[rows] if computed.logits is not None and rows else None
+        logits = None
+        if computed.logits is not None and rows:
+            logits = torch.stack([computed.logits[row] for row in rows])  # a list of rows would be waited for
+            logits = logits if tokens is None else self._on_its_way(logits)
         return _Flight(step, chunks, tokens, rows, logits, self._device.mark())
+
+    def _on_its_way(self, x: Tensor) -> Tensor:
+        """In pinned memory, once the step has ended."""
+        host = self._device.staging(x.numel() * x.itemsize).view(x.dtype).view(x.shape)
+        return host.copy_(x, non_blocking=True)
 
     def _tokens(self, flight: _Flight) -> list[tuple[int, int]]:
         """(row of the samples, token) of those that somebody wants."""
@@ -217,7 +214,7 @@ class GpuRunner(Alone):
             draws = [draw for row in flight.rows if (draw := flight.step.draws[row]) is not None]
             with torch.inference_mode():
                 if self.shard.tp == 1:
-                    chosen = sample(flight.logits.cpu(), draws)
+                    chosen = sample(flight.logits, draws)
                 else:
                     chosen = sample_slice(flight.logits, draws, self.shard, self.vocab_size, self._links)
             found |= dict(zip(flight.rows, chosen, strict=True))
@@ -243,51 +240,3 @@ def _gpu() -> Device:
             "runner cuda finds no GPU that torch can use; use runner torch, or see `tandem doctor` and `nvidia-smi`"
         )
     return Cuda()
-
-
-class _Memory:
-    """Looks what the GPU has left: before the weights are loaded, and after a step of the largest size. Raises
-    ModelError, naming what would fit, when a longest sequence does not."""
-
-    def __init__(
-        self, device: Device, architecture: Architecture, shard: Shard, block_layout: Layout, limits: Limits
-    ) -> None:
-        if shard.pp > 1:
-            raise ModelError("pipeline stages on GPUs cannot agree on the size of their KV caches; set kv_memory")
-        self._device, self._shard, self._layout, self._limits = device, shard, block_layout, limits
-        values = sum(math.prod(shape) for shape in shapes(architecture).values())
-        self._weights = values * block_layout.itemsize // shard.tp
-        total, used = device.memory(lambda: None)
-        self._blocks(Profile(total, used + self._weights, self._weights))
-
-    def blocks(self, made: Callable[[int], GpuRunner], links: Links) -> int:
-        """Of the KV cache, the same on all ranks. `made` is a runner with so many."""
-
-        def largest() -> None:
-            chunks = largest_step(self._limits, self._layout.tokens)
-            made(1 + max(max(chunk.sequence.block_table) for chunk in chunks)).run(chunks)
-
-        total, peak = self._device.memory(largest)
-        own = torch.tensor([self._blocks(Profile(total, peak, self._weights))], device=self._device.place)
-        return int(links.gather(own).min())
-
-    def _blocks(self, profile: Profile) -> int:
-        part = self._shard.part(self._layout)
-        return blocks_for(profile, part.block_bytes, part.tokens, self._limits.max_context, self._shard.tp)
-
-
-def largest_step(limits: Limits, block_size: int) -> list[Chunk]:
-    """As many tokens, and as many sequences that sample, as a step may have."""
-    rest, takes = limits.token_budget, list[int]()
-    while rest and len(takes) < limits.max_sequences:
-        left = limits.max_sequences - len(takes) - 1
-        takes.append(min(max(1, rest - left), limits.max_context - 1))
-        rest -= takes[-1]
-    chunks, block = [], 0
-    for index, take in enumerate(takes):
-        made = Sequence(Generation(str(index), (0,) * take, (), Sampling(), b"", 0), "", b"", 0.0)
-        count = -(-take // block_size)
-        made.block_table = list(range(block, block + count))
-        block += count
-        chunks.append(Chunk(made, 0, take))
-    return chunks

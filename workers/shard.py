@@ -66,6 +66,11 @@ class Shard:
         """The part of every block that is in this rank's KV cache."""
         return Rectangle(*self.kv_heads, *self.layers)
 
+    @property
+    def group(self) -> int:
+        """How many of its query heads share each of its KV heads: fewer than the model's where ranks share those."""
+        return (self.heads[1] - self.heads[0]) // (self.kv_heads[1] - self.kv_heads[0])
+
     def writes(self, block: int) -> bool:
         """Whether it, of its replicas, is the one that copies this block to stores: they take turns by block id."""
         return block % self.replicas == self.replica

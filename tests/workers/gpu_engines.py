@@ -18,7 +18,8 @@ from tests.workers.tiny_models import prompts
 from workers.architecture import layout, load_architecture
 from workers.device import Device
 from workers.engine import Engine
-from workers.gpu_runner import GpuRunner, Limits
+from workers.gpu_profile import Limits
+from workers.gpu_runner import GpuRunner
 from workers.links import Links
 from workers.model_runner import ModelRunner
 from workers.runner import Runner

@@ -60,6 +60,10 @@ def test_rows_are_decodes_first_and_say_where_each_token_goes() -> None:
         table = c.sequence.block_table[: -(-(c.first + c.take) // BLOCK)]
         assert batch.step.block_tables[index, : len(table)].tolist() == table
     assert batch.step.query_starts[-1] == row == step.shape.rows
+    # position 599 ends a block that was begun before; all others end in one that they began
+    assert batch.fresh_blocks.tolist() == [
+        order[i].sequence.block_table[at] for i, at in ((0, 2), (2, 1), (3, 3), (4, 1))
+    ]
     assert batch.step.decodes == 3
 
 
@@ -98,7 +102,7 @@ def test_sampling_parameters_are_those_of_the_row_to_the_last_bit() -> None:
 
 def test_padding_writes_nothing_has_no_keys_and_no_work() -> None:
     step = planned([chunk(33, 32, 1), chunk(600, 599, 1), chunk(18, 17, 1)])
-    shape = Shape(8, 8, 128, 8, 32, 0, 8)
+    shape = Shape(8, 8, 128, 8, 32, 0, 8, 8)
     assert shape.holds(step.shape)
     exact, padded = words(step, step.shape), words(step, shape)
     for field in ("token_ids", "positions", "slots", "sample_rows", "temperature"):
@@ -115,7 +119,7 @@ def test_padding_writes_nothing_has_no_keys_and_no_work() -> None:
 
 
 def test_a_buffer_keeps_nothing_of_the_step_before() -> None:
-    shape = Shape(4, 4, 40, 4, 8, 0, 4)
+    shape = Shape(4, 4, 40, 4, 8, 0, 4, 4)
     buffer = np.zeros(fields(shape)[1], np.int32)
     fill(buffer, shape, planned([chunk(600, 599, 1, Sampling(top_k=5)) for _ in range(4)]), BLOCK)
     fill(buffer, shape, None, BLOCK)
@@ -128,7 +132,7 @@ def test_a_buffer_keeps_nothing_of_the_step_before() -> None:
 
 
 def test_fields_are_aligned_and_do_not_overlap() -> None:
-    for shape in (Shape(5, 3, 7, 2, 9, 3, 3), Shape(1, 1, 1, 1, 1, 0, 1), Shape(3, 1, 1, 0, 0, 1, 0)):
+    for shape in (Shape(5, 3, 7, 2, 9, 3, 3, 5), Shape(1, 1, 1, 1, 1, 0, 1, 1), Shape(3, 1, 1, 0, 0, 1, 0, 0)):
         found, size = fields(shape)
         spans = sorted((field.words.start, field.words.stop) for field in found.values())
         assert all(start % 4 == 0 for start, _ in spans)
@@ -155,8 +159,8 @@ def test_buckets_hold_every_step_of_decodes(rows: int, context: int) -> None:
     for count in {1, 2, 3, 5, rows // 2, rows - 1, rows} & set(range(1, rows + 1)):
         for length in {1, CHUNK - 1, CHUNK, CHUNK + 1, context // 2, context - 1, context} & set(range(1, context + 1)):
             width, items = -(-length // BLOCK), count * -(-length // CHUNK)
-            fitting = [s for s in shapes if s.holds(Shape(count, count, width, count, items, 0, count))]
+            fitting = [s for s in shapes if s.holds(Shape(count, count, width, count, items, 0, count, 0))]
             assert fitting, (count, length)
             assert fitting[-1].rows < max(2 * count, count + 8), "padded to more rows than need be"
             assert fitting[-1].width <= max(CHUNK // BLOCK, 4 * math.ceil(length / CHUNK) * CHUNK // BLOCK)
-    assert not any(s.holds(Shape(2, 2, 1, 1, 1, 1, 2)) for s in shapes), "a step with a prefill"
+    assert not any(s.holds(Shape(2, 2, 1, 1, 1, 1, 2, 0)) for s in shapes), "a step with a prefill"

@@ -14,7 +14,8 @@ from tests.workers.gpu_engines import BLOCK, LIMITS, Counting, block_bytes, cpu_
 from tests.workers.tiny_models import build, generate, prompts, sequence
 from workers.architecture import load_architecture, sizes
 from workers.device import Device
-from workers.gpu_runner import GpuRunner, Limits
+from workers.gpu_profile import Limits
+from workers.gpu_runner import GpuRunner
 from workers.runner import Chunk
 from workers.sequence import Sequence
 from workers.shard import shards
@@ -201,6 +202,18 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(model: Path) -> No
         GpuRunner.load(
             model, "float32", BLOCK, 0, LIMITS, None, Device(), shards(sizes(load_architecture(model)), 1, 2)[0]
         )
+
+
+def test_a_step_that_does_not_fit_is_refused_with_what_to_lower(model: Path) -> None:
+    class Full(Sized):
+        def memory(self, run: object) -> tuple[int, int]:
+            if self.answers[0] == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().memory(run)
+
+    block = block_bytes(model)
+    with pytest.raises(ModelError, match="64 tokens and 8 sequences does not fit"):
+        GpuRunner.load(model, "float32", BLOCK, 0, LIMITS, None, Full(400 * block, block, 0))
 
 
 def test_what_the_kernels_do_not_serve_is_refused_with_what_they_do(model: Path) -> None:

@@ -44,6 +44,7 @@ def test_query_heads_sit_with_their_kv_heads_in_equal_groups(sizes: Sizes, grid:
         assert len(queries) % len(kv) == 0
         # the kernel gives the first of the local queries to the first local KV head, and so on
         local = len(queries) // len(kv)
+        assert rank.group == local
         assert all(query // group == kv[index // local] for index, query in enumerate(queries))
 
 

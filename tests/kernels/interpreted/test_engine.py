@@ -9,7 +9,7 @@ from cluster.messages import Sampling
 from tests.workers.gpu_engines import Counting, crowded, gpu_runner
 from tests.workers.tiny_models import build, generate, prompts, reference
 from workers.device_blocks import DeviceBlocks
-from workers.gpu_runner import Limits
+from workers.gpu_profile import Limits
 
 GREEDY = Sampling(temperature=0.0, max_tokens=1000)
 NEW = 3
