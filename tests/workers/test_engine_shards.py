@@ -32,7 +32,7 @@ class Threads:
             for shard, link in zip(shards(sizes, tp, pp), links(tp, pp), strict=True)
         ]
         self.layout, self.shard, self.num_blocks, self.vocab_size = LAYOUT, self.stages[0].shard, num_blocks, VOCAB
-        self.depth = pp
+        self.depth, self.ahead = pp, False
         self._steps: list[Steps] = [Queue() for _ in self.stages[1:]]
         self._results: Queue[list[int | None]] = Queue()
         self._tells = tp * (pp - 1)  # the rank whose result counts

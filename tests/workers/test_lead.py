@@ -104,6 +104,7 @@ class Recorder:
         self._runner = runner
         self.layout, self.shard, self.peers = runner.layout, runner.shard, runner.peers
         self.num_blocks, self.vocab_size, self.depth = runner.num_blocks, runner.vocab_size, runner.depth
+        self.ahead = runner.ahead
         self.block = runner.block
         self.steps: list[list[tuple[str, int]]] = []  # per step: (sequence, take) of its chunks
         self.in_flight = self.most = 0
