@@ -70,10 +70,10 @@ def test_references_agree_with_the_cpu(rows: Any, name: str) -> None:
         assert case.check() <= case.tolerance
 
 
-def test_an_8_bit_cache_has_a_reference_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_8_bit_cache_has_a_reference_of_its_own() -> None:
     for lengths, dtype in (((40, 700), torch.int8), ((40, 700), torch.float8_e4m3fn)):
         with torch.inference_mode(), OnCpu():
-            case = decode._build(decode.LLAMA, 16, lengths, dtype, 1e9)
+            case = decode._build(decode.LLAMA, 16, lengths, dtype, 1e9, compared=False)
             assert case.check() <= case.tolerance
 
 

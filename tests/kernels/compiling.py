@@ -128,15 +128,18 @@ def main() -> int:
     if given.here:
         sys.stdout.write(json.dumps(compile_family(given.here)) + "\n")
         return 0
-    found = {family: in_process(family) for family in given.families or FAMILIES}
-    golden = read_golden()
-    if given.write:
-        golden.setdefault(triton.__version__, {}).update(found)
-        write_golden(golden)
-    allowed = golden.get(triton.__version__, {})
-    wrong = [line for family, kernels in found.items() for line in problems(kernels, allowed.get(family, {}))]
-    count = sum(map(len, found.values()))
-    sys.stdout.write("\n".join([*wrong, f"Triton {triton.__version__}: {count} kernels, {len(wrong)} problems"]) + "\n")
+    count = wrong = 0
+    for family in given.families or FAMILIES:
+        found = in_process(family)
+        golden = read_golden()
+        allowed = golden.setdefault(triton.__version__, {})
+        if given.write:
+            allowed[family] = found
+            write_golden(golden)
+        lines = problems(found, allowed.get(family, {}))
+        sys.stdout.write("".join(line + "\n" for line in lines))
+        count, wrong = count + len(found), wrong + len(lines)
+    sys.stdout.write(f"Triton {triton.__version__}: {count} kernels, {wrong} problems\n")
     return 1 if wrong else 0
 
 

@@ -24,6 +24,7 @@ LENGTHS = {
     "128 x 100 to 8k": tuple(int(n) for n in np.random.default_rng(1).integers(100, 8192, 128)),
 }
 LARGE = ("16 x 8k", "64 x 4k", "256 x 1k")
+COMPARED = "64 x 4k"
 LAYERS = 4  # of the cache, at least: a block's heads lie apart, as in a model
 CHECKED = 4  # sequences
 TOLERANCE = {torch.bfloat16: 5e-3, torch.int8: 1e-2, torch.float8_e4m3fn: 1e-2}
@@ -31,11 +32,11 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.int8: 1e-2, torch.float8_e4m3fn: 1e-2}
 
 def rows() -> list[Row]:
     found = [_row(LLAMA, 16, lengths, torch.bfloat16) for lengths in LENGTHS]
-    found += [_row(LLAMA, 64, lengths, torch.bfloat16) for lengths in LARGE]
+    found += [_row(LLAMA, 64, lengths, torch.bfloat16) for lengths in LARGE if lengths != COMPARED]
     found += [_row(heads, 16, "64 x 4k", torch.bfloat16) for heads in (Heads(8, 8, 128), Heads(64, 8, 128))]
     found.append(_row(Heads(9, 3, 64), 16, "64 x 4k", torch.bfloat16))
     found += [_row(LLAMA, 16, lengths, dtype) for dtype in (torch.float8_e4m3fn, torch.int8) for lengths in LARGE]
-    return found
+    return [*found, _row(LLAMA, 64, COMPARED, torch.bfloat16, compared=True)]  # last: its peers take long to compile
 
 
 def moved(lengths: Sequence[int], heads: Heads, itemsize: int) -> float:
@@ -47,7 +48,8 @@ def moved(lengths: Sequence[int], heads: Heads, itemsize: int) -> float:
     return kv + batch * heads.queries * heads.dim * 4 + 8 * chunks * heads.queries * (heads.dim + 2)
 
 
-def _row(heads: Heads, block_size: int, name: str, dtype: torch.dtype) -> Row:
+def _row(heads: Heads, block_size: int, name: str, dtype: torch.dtype, compared: bool = False) -> Row:
+    """`compared`: with other paged kernels too."""
     lengths = LENGTHS[name]
     total = moved(lengths, heads, dtype.itemsize)
     small = total < 0.1e9
@@ -56,13 +58,15 @@ def _row(heads: Heads, block_size: int, name: str, dtype: torch.dtype) -> Row:
         shape=f"{name}, {heads}, blocks of {block_size}, KV {str(dtype).removeprefix('torch.')}",
         moved=total,
         flop=4.0 * sum(lengths) * heads.queries * heads.dim,
-        build=functools.partial(_build, heads, block_size, lengths, dtype, total),
+        build=functools.partial(_build, heads, block_size, lengths, dtype, total, compared),
         gate=None if small else 0.60 if len(lengths) == 1 else 0.75,
         most_us=12.0 if small else None,
     )
 
 
-def _build(heads: Heads, block_size: int, lengths: Sequence[int], dtype: torch.dtype, total: float) -> Case:
+def _build(
+    heads: Heads, block_size: int, lengths: Sequence[int], dtype: torch.dtype, total: float, compared: bool
+) -> Case:
     layers = max(LAYERS, sets(total))
     one = paged(lengths, [1] * len(lengths), heads, block_size, layers, dtype)
     q = torch.randn(len(lengths), heads.queries, heads.dim, dtype=torch.bfloat16, device="cuda")
@@ -71,10 +75,9 @@ def _build(heads: Heads, block_size: int, lengths: Sequence[int], dtype: torch.d
     named: dict[str, Callable[[], Sequence[Call]]] = {}
     if dtype is torch.bfloat16 and len(set(lengths)) == 1:
         named["SDPA, dense"] = functools.partial(peers.sdpa_decode, len(lengths), lengths[0], heads, sets(total))
-    if lengths is LENGTHS["64 x 4k"] and heads == LLAMA and dtype is not torch.int8:
+    if compared:
+        named["FlexAttention, paged"] = functools.partial(peers.flex_decode, len(lengths), lengths[0], heads)
         named["FlashInfer, paged"] = functools.partial(peers.flashinfer_decode, q, one, lengths, heads)
-        if dtype is torch.bfloat16 and block_size == 64:
-            named["FlexAttention, paged"] = functools.partial(peers.flex_decode, len(lengths), lengths[0], heads)
     return Case(calls, functools.partial(_check, q, one, lengths, scale), TOLERANCE[dtype], named)
 
 

@@ -55,8 +55,8 @@ UNITS = (
     Unit("norm, rotation, gate", "kernels", "operations", 60.0),
     Unit("sampling", "kernels", "sampling", 40.0),
     Unit("decode step", "engine", "step", 75.0),
-    Unit("parity", "engine", "parity", 75.0),
+    Unit("parity", "engine", "parity", 84.0),
     Unit("block copies", "handoff", "movement", 30.0),
     Unit("device to host", "handoff", "transfer", 20.0),
-    Unit("served", "serve", "served", 60.0),
+    Unit("served", "serve", "served", 50.0),
 )
