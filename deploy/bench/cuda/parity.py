@@ -97,7 +97,8 @@ def _append(runner: Stage, chunks: list[Chunk]) -> None:
 
 
 def _gpu(directory: Path, dtype: str) -> Stage:
-    from workers.gpu_runner import GpuRunner, Limits
+    from workers.gpu_profile import Limits
+    from workers.gpu_runner import GpuRunner
 
     limits = Limits(token_budget=512, max_sequences=len(PROMPTS), max_context=1024)
     return GpuRunner.load(directory, dtype, BLOCK_SIZE, 2**30, limits)
