@@ -11,8 +11,9 @@ Floors     A floor is the largest threshold at which enough is left: count (top-
            logits that the temperature makes equal could be told apart, and division keeps their order: the floor is
            what the CPU finds. Divisions are IEEE's wherever logits are compared with a floor.
 Layout     logits [R, V], rows with any stride. A floor is one program per row; a row without filters returns at once.
-Floor      Without filters, V logits read per row: 2 R V bytes in bf16; about 30 integer and float operations per logit,
-           two logarithms among them. A filter reads the row 7 to 14 times more, from L2, at the speed of one SM.
+Floor      Without filters, V logits read per row: 2 R V bytes in bf16; with noise about 100 instructions per logit,
+           most of them two accurate logarithms and a division. A filter reads the row 7 to 14 times more, from L2, at
+           the speed of one SM.
 Source     Gumbel-max: arXiv:1611.01144. Pivots instead of a sort: arXiv:2602.01518, and FlashInfer's sampling kernels.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
