@@ -33,7 +33,6 @@ class Case:
     launch: Callable[[], object]
     architectures: tuple[int, ...] = (90,)
     tensor: Mapping[int, str] = field(default_factory=dict)  # architecture -> an instruction that one kernel must have
-    spills: tuple[int, ...] = ()  # architectures on which it may; why, where the case is
 
 
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -44,7 +43,7 @@ def _ints(*shape: int) -> Tensor:
     return _empty(*shape, dtype=torch.int32)
 
 
-def _attend(queries: int, dtype: torch.dtype, kv: torch.dtype, dim: int, group: int, block_size: int) -> None:
+def _attend(queries: int, dtype: torch.dtype, kv: torch.dtype, dim: int, group: int, block_size: int, window: int) -> None:
     """Two sequences with that many queries each."""
     lengths, starts = np.array([40, 41], np.int32), np.array([0, queries, 2 * queries], np.int32)
     decodes = 2 if queries == 1 else 0
@@ -57,42 +56,39 @@ def _attend(queries: int, dtype: torch.dtype, kv: torch.dtype, dim: int, group: 
     scales = _empty(*cache.shape[:-1], dtype=FP32) if kv in (INT8, E4M3) else None
     heads = KV_HEADS * group
     q = _empty(2 * queries, heads + 2 * KV_HEADS, dim, dtype=dtype)[:, :heads]
-    attend(q, cache, 1, step, 0.1, 0, scales)
+    attend(q, cache, 1, step, 0.1, window, scales)
 
 
 def _attention(queries: int, instructions: Mapping[int, str]) -> list[Case]:
     """One case per entry of the kernel's table, and what else is compiled differently. No tensor core multiplies fp32
-    exactly, so prefill in fp32 is thousands of instructions that spill: right, slow, and for comparisons only. Of its
-    three sizes one is compiled here, since each takes as long as all others together. Other spills are a few
-    instructions where e4m3 is converted, and on sm_80, which nothing is tuned for."""
-    prefill = queries > 1
+    exactly."""
 
-    def case(dtype: torch.dtype, kv: torch.dtype, dim: int, group: int, block_size: int = 16) -> Case:
+    def case(dtype: torch.dtype, kv: torch.dtype, dim: int, group: int, block_size: int = 16, window: int = 0) -> Case:
         everywhere = (dtype, kv, dim, group, block_size) == (BF16, BF16, 128, 4, 16)
-        spills = ((80,) if everywhere else ()) + ((90,) if dtype is FP32 or kv is E4M3 else ())
         return Case(
-            f"{SHORT[dtype]} q, {SHORT[kv]} KV, D {dim}, {group} heads, blocks of {block_size}",
-            lambda: _attend(queries, dtype, kv, dim, group, block_size),
+            f"{SHORT[dtype]} q, {SHORT[kv]} KV, D {dim}, {group} heads, blocks of {block_size}"
+            + (", window" if window else ""),
+            lambda: _attend(queries, dtype, kv, dim, group, block_size, window),
             ALL if everywhere else (90,),
             {} if dtype is FP32 else instructions if everywhere else {90: instructions[90]},
-            spills if prefill else (),
         )
 
-    found = [
+    return [
         case(BF16, BF16, 128, 4),
+        case(BF16, BF16, 128, 4, window=32),
+        case(BF16, BF16, 128, 4, 64),
         case(BF16, E4M3, 128, 4),
         case(BF16, INT8, 128, 4),
+        case(FP32, FP32, 128, 4),
         case(BF16, BF16, 64, 3),
         case(BF16, INT8, 64, 3),
+        case(FP32, FP32, 64, 3),
         case(FP16, FP16, 96, 1),
+        case(BF16, BF16, 80, 16),
         case(BF16, BF16, 256, 8),
         case(BF16, E4M3, 256, 8),
-        case(FP32, FP32, 64, 3),
+        case(FP32, FP32, 256, 8),
     ]
-    if not prefill:
-        found += [case(BF16, BF16, 128, 4, 64), case(BF16, BF16, 80, 16)]
-        found += [case(FP32, FP32, 128, 4), case(FP32, FP32, 256, 8)]
-    return found
 
 
 def _norms() -> list[Case]:

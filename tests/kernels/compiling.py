@@ -3,9 +3,9 @@
     python -m tests.kernels.compiling [FAMILY ...]            compare; exit status 1 and a line for whatever is worse
     python -m tests.kernels.compiling --write [FAMILY ...]    rewrite this version of Triton's part of golden.toml
 
-Each family is compiled in a process of its own: what LLVM dislikes it answers by aborting. Registers, stack and shared
-memory may shrink and may not grow. Whatever golden.toml says, no kernel may use more shared memory than a CTA can have;
-nor spill, but where `compile_cases` says why; and where that names a tensor-core instruction, it must be there.
+Each family is compiled in a process of its own: what LLVM dislikes it answers by aborting. Registers and shared memory
+may shrink and may not grow. Whatever golden.toml says, no kernel may spill, use a stack, or more shared memory than a
+CTA can have; and where `compile_cases` names a tensor-core instruction, it must be there.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ GOLDEN = Path(__file__).with_name("golden.toml")
 SECONDS = 300  # for one family
 Found = dict[str, dict[str, Any]]  # name -> fields of deploy.bench.cuda.compiled.Resources, and what the case adds
 HEADER = """\
-# What the Triton kernels use, by version of Triton, family and launch: registers and bytes of stack per thread, bytes
-# of shared memory per CTA, tensor-core instructions. Written by `python -m tests.kernels.compiling --write`; a test
-# compares.
+# What the Triton kernels use, by version of Triton, family and launch: registers per thread, bytes of shared memory
+# per CTA, tensor-core instructions. Written by `python -m tests.kernels.compiling --write`; a test compares.
 """
 
 
@@ -50,7 +49,7 @@ def compile_family(family: str) -> Found:
             for r in read:
                 name = f"sm_{architecture}, {case.name}, {r.kernel}"
                 assert name not in found, f"{name} is compiled twice in one launch"
-                found[name] = asdict(r) | {"lacks": lacks, "may_spill": architecture in case.spills}
+                found[name] = asdict(r) | {"lacks": lacks}
     return found
 
 
@@ -79,7 +78,7 @@ def problems(found: Found, golden: Found) -> list[str]:
     wrong = [f"{name} is in golden.toml and not compiled" for name in golden.keys() - found.keys()]
     for name, now in found.items():
         limit = SHARED_BYTES[int(name.split(",")[0].removeprefix("sm_"))]
-        if (now["stack"] or now["spills"]) and not now["may_spill"]:
+        if now["stack"] or now["spills"]:
             wrong.append(f"{name} spills: {now['stack']} bytes of stack, {now['spills']} instructions")
         if now["shared"] > limit:
             wrong.append(f"{name} needs {now['shared']} bytes of shared memory, and a CTA can have {limit}")
@@ -90,9 +89,9 @@ def problems(found: Found, golden: Found) -> list[str]:
             continue
         allowed = golden[name]
         wrong += [
-            f"{name}: {what} {now[what]}, and {allowed.get(what, 0)} is allowed"
-            for what in ("registers", "stack", "shared")
-            if now[what] > allowed.get(what, 0)
+            f"{name}: {now[what]} {what}, and {allowed[what]} are allowed"
+            for what in ("registers", "shared")
+            if now[what] > allowed[what]
         ]
         if missing := set(allowed["tensor"]) - set(now["tensor"]):
             wrong.append(f"{name} has no {', '.join(sorted(missing))} any more")
@@ -111,8 +110,7 @@ def write_golden(golden: dict[str, dict[str, Found]]) -> None:
             text += f'\n["{version}".{family}]\n'
             for name, r in kernels.items():
                 tensor = ", ".join(f'"{instruction}"' for instruction in r["tensor"])
-                stack = f"stack = {r['stack']}, " if r.get("stack") else ""
-                used = f"registers = {r['registers']}, {stack}shared = {r['shared']}"
+                used = f"registers = {r['registers']}, shared = {r['shared']}"
                 text += f'"{name}" = {{ {used}, tensor = [{tensor}] }}\n'
     GOLDEN.write_text(text)
 
