@@ -19,7 +19,7 @@ from torch import Tensor
 LAUNCH = {"block": 4096, "num_warps": 4}  # words: eight 128-bit loads in flight per thread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])  # a number of blocks that is new must not compile anything
 def copy_blocks_kernel(cache, ids, run, words, tiles, BLOCK: tl.constexpr, GATHER: tl.constexpr):
     tiles_per_block = tl.cdiv(words, BLOCK)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):

@@ -75,6 +75,8 @@ def _norm(hidden: Tensor | None, x: Tensor, weight: Tensor, epsilon: float, gemm
     block = max(min(LAUNCH), triton.next_power_of_2(columns))
     if block not in LAUNCH:
         raise ValueError(f"rows of {columns} values are too long for this kernel; it takes up to {max(LAUNCH)}")
+    if weight.dim() == 2 and weight.shape[0] != rows.shape[1]:
+        raise ValueError(f"a weight for each of {weight.shape[0]} heads does not fit x of shape {[*x.shape]}")
     if y.numel() == 0:
         return y
     norm_kernel[(rows.shape[0] * rows.shape[1],)](

@@ -40,7 +40,7 @@ def level_of(x, scale, dtype: tl.constexpr):
     return rounded(level, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(values, levels, scales, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
@@ -53,7 +53,7 @@ def quantize_kernel(values, levels, scales, rows, columns, ROWS: tl.constexpr, B
     tl.store(levels + cells, level_of(x, scale[:, None], dtype), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dequantize_kernel(levels, scales, values, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)

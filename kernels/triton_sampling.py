@@ -7,11 +7,13 @@ Contract   `kernels.sampling.sample_rows`, its hash word for word. `floor_kernel
 Floors     A floor is the largest threshold at which enough is left: count (top-k) or probability (top-p) of the logits
            that reach it, both of which only fall as it rises. So it is searched among all numbers of the logits' dtype
            in their order, four thresholds per pass over the row: 7 passes for bf16, 14 for fp32, and equal logits
-           live or die together by themselves. Counts are exact, probabilities are added in fp64 at the end. Divisions
-           are IEEE's: which logits are equal, or reach a floor, must be what it is on a CPU.
+           live or die together by themselves. Counts are exact, probabilities are added in fp64 at the end. Only
+           logits that the temperature makes equal could be told apart, and division keeps their order: the floor is
+           what the CPU finds. Divisions are IEEE's wherever logits are compared with a floor.
 Layout     logits [R, V], rows with any stride. A floor is one program per row; a row without filters returns at once.
-Floor      Without filters, V logits read per row: 2 R V bytes in bf16; about 30 integer and float operations per logit,
-           two logarithms among them. A filter reads the row 7 to 14 times more, from L2, at the speed of one SM.
+Floor      Without filters, V logits read per row: 2 R V bytes in bf16; with noise about 100 instructions per logit,
+           most of them two accurate logarithms and a division. A filter reads the row 7 to 14 times more, from L2, at
+           the speed of one SM.
 Source     Gumbel-max: arXiv:1611.01144. Pivots instead of a sort: arXiv:2602.01518, and FlashInfer's sampling kernels.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -45,7 +47,7 @@ _LOWEST = tl.constexpr(0x007FFFFF)  # the rank of -inf
 def highest(
     row,
     vocab,
-    temperature,
+    colder,  # 1 / temperature
     top,  # the largest logit
     target,
     SHARES: tl.constexpr,
@@ -53,24 +55,23 @@ def highest(
     WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The highest scaled logit at which as much as `target` reaches it: of the logits' number, or of their probability
-    in multiples of the peak's. The rank of an fp32 number is its bits, turned so that they ascend with it, without the
+    """The highest number that as much as `target` of the logits reaches: of their count, or of their probability in
+    multiples of the peak's. The rank of an fp32 number is its bits, turned so that they ascend with it, without the
     spare ones, which are all ones in negative numbers."""
     bits = top.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    peak = tl.div_rn(top, temperature)
     low = tl.zeros_like(bits) + (_LOWEST >> SPARE)  # that much reaches -inf, whatever the target
     high = (tl.where(bits >= _SIGN, 0xFFFFFFFF - bits, bits + _SIGN) >> SPARE) + 1  # and nothing is above the peak
-    found = tl.zeros_like(peak) + float("-inf")
+    found = tl.zeros_like(top) + float("-inf")
     while high - low > 1:
         rank = tl.minimum(low + (high - low + WAYS) // (WAYS + 1) * (tl.arange(0, WAYS) + 1), high)
         turned = (rank << SPARE) + tl.where(rank < (_SIGN >> SPARE), (1 << SPARE) - 1, 0)
         turned = tl.where(turned >= _SIGN, turned - _SIGN, 0xFFFFFFFF - turned)
-        threshold = tl.div_rn(turned.to(tl.uint32).to(tl.float32, bitcast=True), temperature)
+        threshold = turned.to(tl.uint32).to(tl.float32, bitcast=True)
         reached = tl.zeros((BLOCK, WAYS), tl.float32)
         for start in range(0, vocab, BLOCK):
             token = start + tl.arange(0, BLOCK)
-            x = tl.div_rn(tl.load(row + token, token < vocab, float("-inf")).to(tl.float32), temperature)
-            share = tl.exp(x - peak) if SHARES else tl.full((BLOCK,), 1.0, tl.float32)
+            x = tl.load(row + token, token < vocab, float("-inf")).to(tl.float32)
+            share = tl.exp((x - top) * colder) if SHARES else tl.full((BLOCK,), 1.0, tl.float32)
             reached += tl.where(x[:, None] >= threshold[None, :], share[:, None], 0.0)
         enough = (tl.sum(reached.to(tl.float64), 0) >= target) & (rank < high)
         found = tl.maximum(found, tl.max(tl.where(enough, threshold, float("-inf")), 0))
@@ -107,20 +108,21 @@ def floor_kernel(
             token = start + tl.arange(0, BLOCK)
             best = tl.maximum(best, tl.load(row + token, token < vocab, float("-inf")).to(tl.float32))
         top = tl.max(best, 0)
-        peak = tl.div_rn(top, temperature)
+        colder = 1.0 / temperature
         if min_p > 0.0:
-            floor = (peak.to(tl.float64) + tl.log(min_p)).to(tl.float32)
+            floor = (tl.div_rn(top, temperature).to(tl.float64) + tl.log(min_p)).to(tl.float32)
         if (top_k > 0) & (top_k < vocab):
-            kth = highest(row, vocab, temperature, top, top_k.to(tl.float64), False, SPARE, WAYS, BLOCK)
-            floor = tl.maximum(floor, kth)
+            kth = highest(row, vocab, colder, top, top_k.to(tl.float64), False, SPARE, WAYS, BLOCK)
+            floor = tl.maximum(floor, tl.div_rn(kth, temperature))
         if top_p < 1.0:
             left = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, vocab, BLOCK):
                 token = start + tl.arange(0, BLOCK)
-                x = tl.div_rn(tl.load(row + token, token < vocab, float("-inf")).to(tl.float32), temperature)
-                left += tl.where(x >= floor, tl.exp(x - peak), 0.0)
+                x = tl.load(row + token, token < vocab, float("-inf")).to(tl.float32)
+                left += tl.where(tl.div_rn(x, temperature) >= floor, tl.exp((x - top) * colder), 0.0)
             target = top_p * tl.sum(left.to(tl.float64), 0)
-            floor = tl.maximum(floor, highest(row, vocab, temperature, top, target, True, SPARE, WAYS, BLOCK))
+            last = highest(row, vocab, colder, top, target, True, SPARE, WAYS, BLOCK)
+            floor = tl.maximum(floor, tl.div_rn(last, temperature))
     tl.store(floors + index, floor)
 
 

@@ -72,5 +72,7 @@ def test_no_rows() -> None:
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 heads"):
+        rms_norm(torch.ones(2, 3, 8), torch.ones(5, 8), EPSILON)
     with pytest.raises(ValueError, match="16384"):
         rms_norm(torch.ones(1, 20_000), torch.ones(20_000), EPSILON)
