@@ -31,7 +31,7 @@ PROGRAMS_PER_PROCESSOR = 8  # about twice what fits at once, so that the last on
 INTERPRETED_PROGRAMS = 3  # in the interpreter, which has no processors: fewer than there are items
 # (D, padded to a power of two; bytes per element of the cache): keys per step of the loop, warps, buffers of the loads
 CONFIGURATIONS: dict[tuple[int, int], dict[str, int]] = {
-    (64, 1): {"TILE": 64, "num_warps": 4, "num_stages": 5},
+    (64, 1): {"TILE": 64, "num_warps": 4, "num_stages": 3},
     (64, 2): {"TILE": 64, "num_warps": 4, "num_stages": 5},
     (64, 4): {"TILE": 64, "num_warps": 4, "num_stages": 3},
     (128, 1): {"TILE": 32, "num_warps": 4, "num_stages": 5},

@@ -200,8 +200,8 @@ def prefill_constants(q: Tensor, cache: LayerCache, window: int) -> dict[str, An
     padded = max(64, triton.next_power_of_2(dim))
     configuration = CONFIGURATIONS[padded, cache.keys.element_size()]
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
-        # without wgmma the queries are in registers too, and there is no room for addresses loaded in advance
-        configuration = configuration | {"num_stages": 2}
+        # without wgmma the queries are in registers too, which leaves less room for scores
+        configuration = configuration | {"TILE": min(32, configuration["TILE"])}
     return {
         "WINDOWED": window > 0,
         "GROUP": q.shape[1] // kv_heads,

@@ -52,8 +52,8 @@ def test_the_plain_form_in_eight_bits(kv_dtype: torch.dtype) -> None:
 
 
 def test_what_no_kernel_serves_is_refused() -> None:
-    good = case([20], [1], 1)
-    eight_bits = case([20], [1], 1, kv_dtype=torch.int8)
+    good = case([20], [1], 1, kv_heads=2)
+    eight_bits = case([20], [1], 1, kv_heads=2, kv_dtype=torch.int8)
 
     def refused(match: str, q: torch.Tensor, cache: torch.Tensor, scale: float = 1.0) -> None:
         with pytest.raises(ValueError, match=match):
