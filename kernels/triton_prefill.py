@@ -33,7 +33,7 @@ CONFIGURATIONS: dict[tuple[int, int], dict[str, int]] = {
     (64, 1): {"M": 128, "TILE": 64, "num_warps": 8, "num_stages": 3},
     (64, 2): {"M": 128, "TILE": 64, "num_warps": 8, "num_stages": 3},
     (64, 4): {"M": 64, "TILE": 32, "num_warps": 8, "num_stages": 2},
-    (128, 1): {"M": 128, "TILE": 64, "num_warps": 8, "num_stages": 3},
+    (128, 1): {"M": 128, "TILE": 32, "num_warps": 8, "num_stages": 3},
     (128, 2): {"M": 128, "TILE": 64, "num_warps": 8, "num_stages": 3},
     (128, 4): {"M": 32, "TILE": 16, "num_warps": 8, "num_stages": 2},
     (256, 1): {"M": 64, "TILE": 32, "num_warps": 8, "num_stages": 3},
