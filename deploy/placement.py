@@ -40,6 +40,10 @@ def check_nodes(config: Config, nodes: Sequence[Node]) -> None:
     nodes = [node for node in nodes if node.cpus]
     if not nodes:
         raise StartupError("no node of the Ray cluster has CPUs for workers; see `ray status`, and start or await one")
+    if config.runner == "cuda" and not any("GPU" in node.resources for node in nodes):
+        raise StartupError(
+            "no node of the Ray cluster has GPUs, which runner cuda needs; see `ray status`, or use torch"
+        )
     sharing: dict[tuple[int, ...], list[tuple[Role, int]]] = defaultdict(list)  # same nodes -> roles, workers of each
     for role, count in config.roles:
         pin = pinned(role, nodes)

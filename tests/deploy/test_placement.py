@@ -89,3 +89,11 @@ def test_a_shard_on_gpus_has_one_of_its_own() -> None:
     assert bundles(on_gpus, "decode") == [{"CPU": 6.0, "GPU": 3.0}]
     assert of_shard(on_gpus) == {"num_cpus": 2, "num_gpus": 1}
     assert of_shard(Config(threads=2))["num_gpus"] == 0
+
+
+def test_without_gpus_in_the_cluster_nobody_waits_for_them() -> None:
+    on_gpus = Config(runner="cuda", threads=1)
+    with pytest.raises(StartupError, match="no node of the Ray cluster has GPUs"):
+        check_nodes(on_gpus, [Node(8), Node(8)])
+    check_nodes(on_gpus, [Node(8), Node(8, resources=frozenset({"CPU", "GPU"}))])
+    check_nodes(Config(threads=1), [Node(8)])
