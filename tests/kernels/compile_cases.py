@@ -43,7 +43,9 @@ def _ints(*shape: int) -> Tensor:
     return _empty(*shape, dtype=torch.int32)
 
 
-def _attend(queries: int, dtype: torch.dtype, kv: torch.dtype, dim: int, group: int, block_size: int, window: int) -> None:
+def _attend(
+    queries: int, dtype: torch.dtype, kv: torch.dtype, dim: int, group: int, block_size: int, window: int
+) -> None:
     """Two sequences with that many queries each."""
     lengths, starts = np.array([40, 41], np.int32), np.array([0, queries, 2 * queries], np.int32)
     decodes = 2 if queries == 1 else 0
