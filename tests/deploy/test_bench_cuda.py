@@ -83,8 +83,9 @@ def test_prefill_has_a_reference() -> None:
         assert case.check() <= case.tolerance
 
 
-def test_the_plan_compiles_what_would_run() -> None:
-    problem, kernels = compiled(row(decode.rows(), "8 x 1k"))
+@pytest.mark.parametrize("name", ["8 x 1k", "16 x 8k, 32/8x128, blocks of 16, KV int8"])
+def test_the_plan_compiles_what_would_run(name: str) -> None:
+    problem, kernels = compiled(row(decode.rows(), name))
     assert problem is None
     assert {kernel.kernel for kernel in kernels} == {"_decode", "_merge"}
     assert all(kernel.registers for kernel in kernels)

@@ -53,7 +53,7 @@ def paged(
     _fill_inplace(cache)
     scales = None
     if dtype in EIGHT_BITS:
-        scales = torch.empty(shape[:-1], device="cuda").uniform_(0.5, 1.5)
+        scales = torch.rand(shape[:-1], device="cuda") + 0.5
         scales *= 1 / 64 if dtype is torch.int8 else 1.0
     return Paged(cache, scales, _step(lengths, queries, counts, blocks, heads.queries // heads.keys))
 
