@@ -1,6 +1,6 @@
 """Applies mutations to copies of the kernels and runs the test that should notice: one process, a fork per mutation.
 
-    TRITON_INTERPRET=1 python tests/kernels/mutating.py FOLDER     a line of JSON per run: name, exit status, output
+    TRITON_INTERPRET=1 python tests/kernels/mutating.py FOLDER [NAME ...]   a line of JSON per run: name, status, output
 
 FOLDER gets kernels/ and tests/kernels/, and stands first on the path. Importing torch, Triton and pytest takes longer
 than any of the tests, hence the forks; nothing of ours is imported before them. A run that takes longer than SECONDS is
@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,14 +81,15 @@ def _pytest(folder: Path, tests: list[str], output: Path) -> None:
     os._exit(int(status))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: Collection[str]) -> None:
+    """Without names: every one."""
     import numpy  # noqa: F401
     import pytest  # noqa: F401
     import torch  # noqa: F401
     import triton.language  # noqa: F401
 
     sys.dont_write_bytecode = True  # a mutated file may have the size and the second of the one before it
-    found = mutations()
+    found = [mutation for mutation in mutations() if not names or mutation.name in names]
     copy(folder)
     status, output = run(folder, sorted({mutation.test for mutation in found}))
     _tell("unmutated", status, output)
@@ -107,4 +108,4 @@ def _tell(name: str, status: int, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
