@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -66,11 +67,21 @@ def test_on_a_terminal_it_goes_on_until_ctrl_c(guarded: Api) -> None:
         shown = read_until(ours, b"workers serve", 2)
         assert b"\x1b[?1049h" in shown  # a screen of its own, so that what was there comes back
         process.send_signal(signal.SIGINT)
+        read_to_the_end(ours, process)
         assert process.wait(20) == 0
     finally:
         process.kill()
         process.wait(20)
         os.close(ours)
+
+
+def read_to_the_end(terminal: int, process: subprocess.Popen[bytes]) -> None:
+    """A terminal that nobody reads fills up, and then who writes to it waits for ever."""
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            with contextlib.suppress(OSError):  # the other side is closed
+                os.read(terminal, 65_536)
 
 
 def read_until(terminal: int, words: bytes, times: int) -> bytes:
