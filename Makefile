@@ -12,12 +12,9 @@ ARGS ?=
 serve: $(STAMP)
 	$(VENV)/bin/tandem serve $(ARGS)
 
-test: lint
-	$(MAKE) --jobs 2 types all-tests
-
 # two files at a time: most tests wait, for processes that start, die and come back. In the order of their names: by
 # default the files with the fewest tests come last, and those take longest
-all-tests: $(STAMP)
+test: lint types
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 unit: $(STAMP)
@@ -49,4 +46,4 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: serve test all-tests unit e2e lint types bench soak loadtest
+.PHONY: serve test unit e2e lint types bench soak loadtest

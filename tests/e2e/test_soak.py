@@ -1,4 +1,4 @@
-"""Thousands of requests, one in twenty of which meets a fault: every answer is right and nothing is left behind.
+"""Requests, one in twenty of which meets a fault: every answer is right and nothing is left behind.
 
 Real processes, real Redis, real blocks; only the model is the simulated one, whose output depends on every KV byte it
 reads back. The faults come from a seed. SOAK_REQUESTS sets how many requests there are; `make soak` asks for 5,000.
@@ -24,7 +24,7 @@ from tests.e2e.sim_oracle import Oracle
 from tests.serving import Served, serving, wait_until
 from workers.architecture import load_architecture
 
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", "200"))
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "120"))
 FAULTS = 0.05
 USERS = 8
 HEALTHY_S = 90
