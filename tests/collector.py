@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
+
+from cluster import telemetry
 
 
 @dataclass(frozen=True)
@@ -107,3 +110,16 @@ def collecting() -> Iterator[Collector]:
         yield collector
     finally:
         collector.close()
+
+
+@contextmanager
+def exporting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """This process makes spans, and exports them when `telemetry.close` is called."""
+    with collecting() as made:
+        for name, value in made.environment().items():
+            monkeypatch.setenv(name, value)
+        telemetry.configure("test", "here")
+        try:
+            yield made
+        finally:
+            telemetry.close()

@@ -19,20 +19,13 @@ from cluster.errors import ConfigError, Overloaded
 from cluster.messages import Ack
 from cluster.rpc import Client, Server
 from cluster.telemetry import INVALID_SPAN
-from tests.collector import Collector, collecting, edges
+from tests.collector import Collector, edges, exporting
 
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """This process makes spans, and exports them when `telemetry.close` is called."""
-    with collecting() as made:
-        for name, value in made.environment().items():
-            monkeypatch.setenv(name, value)
-        telemetry.configure("test", "here")
-        try:
-            yield made
-        finally:
-            telemetry.close()
+    with exporting(monkeypatch) as made:
+        yield made
 
 
 @pytest.mark.parametrize("off", [{}, {"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"}])

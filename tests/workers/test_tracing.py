@@ -11,7 +11,7 @@ import pytest
 from cluster import telemetry
 from cluster.messages import Abort, DecodeJob, PrefillJob, Refused, Submit
 from kvstore.redis_server import EmbeddedRedis
-from tests.collector import Collector, Seen, collecting, edges
+from tests.collector import Collector, Seen, edges, exporting
 from tests.workers.site import CONFIG, FULL, Site, generation, prefill, run, until
 
 
@@ -24,14 +24,8 @@ def redis() -> Any:
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    with collecting() as made:
-        for name, value in made.environment().items():
-            monkeypatch.setenv(name, value)
-        telemetry.configure("test", "here")
-        try:
-            yield made
-        finally:
-            telemetry.close()
+    with exporting(monkeypatch) as made:
+        yield made
 
 
 def tree(collector: Collector) -> dict[str, Seen]:
