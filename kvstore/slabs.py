@@ -70,8 +70,8 @@ class Slabs:
         self.counts = Counter({State.FREE: count})  # state -> slabs
         self.evictions = 0
         self._quota = max(1, int(count * tenant_share))
-        self._entries = [Entry(index) for index in range(count)]
-        self._free = deque(self._entries)
+        self._entries: list[Entry] = []  # of the slabs that were ever taken: an arena of millions starts at once
+        self._free: deque[Entry] = deque()  # of these
         self._order = EvictionOrder()  # hashes of the cached slabs
         self._tenants: dict[str, EvictionOrder] = {}  # tenant -> hashes of its cached slabs; never empty
         self._by_hash: dict[bytes, Entry] = {}  # hash -> sealed full block, held or cached
@@ -82,12 +82,12 @@ class Slabs:
     @property
     def available(self) -> int:
         """Slabs that `take` can give."""
-        return len(self._free) + len(self._order)
+        return self.counts[State.FREE] + len(self._order)
 
     @property
     def surplus(self) -> int:
         """Slabs to evict so that the next writers find free ones; nothing in an arena of a few slabs."""
-        free = len(self._free)
+        free = self.counts[State.FREE]
         return int(self.total * FREE_HIGH) - free if free < int(self.total * FREE_LOW) else 0
 
     @property
@@ -120,9 +120,9 @@ class Slabs:
 
     def take(self) -> Entry:
         """A slab for a new writer; its generation changes because its bytes are about to. IndexError: none is left."""
-        if not self._free and not self.evict(1):
+        if not self.counts[State.FREE] and not self.evict(1):
             raise IndexError("no slab is free or evictable; look at `available` first")
-        entry = self._free.popleft()
+        entry = self._free.popleft() if self._free else self._fresh()
         entry.generation += 1
         entry.key, entry.checksums, entry.tenant = NAMELESS, b"", ""
         self._move(entry, State.RESERVED)
@@ -208,8 +208,9 @@ class Slabs:
     def check(self) -> None:
         """Raise AssertionError unless every slab is in one state and all maps agree with it."""
         states = Counter(entry.state for entry in self._entries)
+        states[State.FREE] += self.total - len(self._entries)
         assert states == +self.counts, f"{states} counted, {self.counts} kept"
-        assert len(self._free) == states[State.FREE]
+        assert len(self._free) == sum(entry.state is State.FREE for entry in self._entries)
         assert all(e.state is State.FREE for e in self._free)
         assert len(self._order) == states[State.CACHED]
         assert sorted(self._order) == sorted(name for own in self._tenants.values() for name in own)
@@ -222,6 +223,10 @@ class Slabs:
             assert entry.state in (State.HELD, State.CACHED)
         assert all((e.holders > 0) == (e.state is State.HELD) for e in self._entries)
         assert self.pinned <= len(self._pins) <= int(self.total * PINNED_SHARE)
+
+    def _fresh(self) -> Entry:
+        self._entries.append(Entry(len(self._entries)))
+        return self._entries[-1]
 
     def _cache(self, entry: Entry) -> None:
         """Nobody holds the block any more; if its tenant has too many such, one of them makes room."""
