@@ -29,6 +29,8 @@ SHM = "/dev/shm"
 MIB = 2**20
 SMALL_SHM = 128 * MIB  # a quarter of it that is less is no store worth having
 SECRET_CHARACTERS = 16
+# values of `kv_quantization` that are about the workers' caches -> dtype, as torch names it
+KV_DTYPES = {"int8-cache": "int8", "e4m3-cache": "float8_e4m3fn"}
 LISTS = ("api_keys", "sim_ms")  # separated by commas in the environment
 LOG_FORMAT = "log"  # TANDEM_LOG is no setting of a deployment: each process goes by its own (`cluster/logs.py`)
 SCALE = re.compile(r"(\d+)\.\.(\d+)")
@@ -79,8 +81,8 @@ class Config(pydantic.BaseModel):
     stores: int = Field(1, ge=1, le=64, description="block stores per node, which share `store_memory`")
     disk: str = Field("", description="folder of the disk tier on every node; empty: there is none")
     disk_memory: int = Field(8 * 1024 * MIB, ge=MIB, description="size of the disk tier of a node")
-    kv_quantization: Literal["none", "int8"] = Field(
-        "none", description="KV that stores keep beyond handoffs; int8 is approximate"
+    kv_quantization: Literal["none", "int8", "int8-cache", "e4m3-cache"] = Field(
+        "none", description="int8: what stores keep beyond handoffs; int8-cache, e4m3-cache: all KV, on GPUs"
     )
     tenant_share: float = Field(1.0, gt=0, le=1, description="part of a store that one tenant's cached blocks may fill")
     secret: str = Field("", repr=False, description="shared by the cluster; empty: random, kept beside a disk tier")
@@ -118,6 +120,11 @@ class Config(pydantic.BaseModel):
     def grid(self, role: Role) -> tuple[int, int]:
         """(tensor parallel ranks, pipeline stages) of a worker that starts in that role."""
         return (self.prefill_tp, self.prefill_pp) if role == "prefill" else (self.decode_tp, self.decode_pp)
+
+    @property
+    def kv_dtype(self) -> str:
+        """What all KV is kept in, as torch names it, where that is 8 bits; empty: it is in `dtype`."""
+        return KV_DTYPES.get(self.kv_quantization, "")
 
     @property
     def shards(self) -> int:
@@ -171,6 +178,11 @@ class Config(pydantic.BaseModel):
     def _numbers_to_quantize(self) -> Self:
         if self.kv_quantization != "none" and self.runner == "sim":
             raise ValueError("kv_quantization: the sim runner's KV is token ids, which have no approximation; use none")
+        if self.kv_dtype and self.runner != "cuda":
+            raise ValueError(
+                f"kv_quantization: {self.kv_quantization} is read by kernels for GPUs only; set runner to cuda, or use "
+                "int8, which is for stores"
+            )
         return self
 
 

@@ -25,13 +25,14 @@ def model_key(config: Config, directory: Path) -> ModelKey:
     """What block hashes are rooted in: two deployments share KV only when all of it is equal."""
     tokenizer = hashlib.sha256((directory / "tokenizer.json").read_bytes()).digest()
     weights = b"sim" if config.runner == "sim" else weights_digest(directory)
-    return ModelKey(model=weights, tokenizer=tokenizer, dtype=config.dtype, block_size=config.block_size)
+    dtype = f"{config.dtype}/{config.kv_dtype}" if config.kv_dtype else config.dtype
+    return ModelKey(model=weights, tokenizer=tokenizer, dtype=dtype, block_size=config.block_size)
 
 
 def block_layout(config: Config, architecture: Architecture) -> Layout:
     if config.runner == "sim":
         return sim_layout(config.block_size)
-    return model_layout(architecture, config.dtype, config.block_size)
+    return model_layout(architecture, config.dtype, config.block_size, config.kv_dtype)
 
 
 def model_sizes(config: Config, architecture: Architecture) -> Sizes:
@@ -68,10 +69,9 @@ def gpu_needs(config: Config, architecture: Architecture, context: int) -> Needs
     """What its shards need of GPUs. None: they compute on CPUs."""
     if config.runner != "cuda":
         return None
-    shape, size = model_shape(architecture), ITEMSIZE[config.dtype]
     return Needs(
-        weights=shape.parameters * size,
-        kv_token=2 * shape.layers * shape.kv_heads * shape.head_dim * size,
-        kv_heads=shape.kv_heads,
+        weights=model_shape(architecture).parameters * ITEMSIZE[config.dtype],
+        kv_token=block_layout(config, architecture).token_bytes,
+        kv_heads=architecture.num_kv_heads,
         context=context,
     )

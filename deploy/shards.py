@@ -118,7 +118,15 @@ def build_stage(
     if config.runner == "cuda":
         limits = Limits(config.token_budget, config.max_sequences, settings.max_context)
         return GpuRunner.load(
-            model, config.dtype, config.block_size, config.kv_memory, limits, progress, shard=shard, links=links
+            model,
+            config.dtype,
+            config.block_size,
+            config.kv_memory,
+            limits,
+            progress,
+            shard=shard,
+            links=links,
+            kv_dtype=config.kv_dtype,
         )
     return ModelRunner.load(
         model,

@@ -1,4 +1,5 @@
-"""Which block stores a node runs: those of exact KV and, with `kv_quantization`, as many again for approximate KV.
+"""Which block stores a node runs: those of exact KV and, with int8 (`kv_quantization`), as many again for
+approximate KV. Where all KV is in 8 bits, these are the only stores.
 
 Both kinds share the node's `store_memory` and `disk_memory` half and half; they are strangers to each other in every
 other way. Decides, starts nothing.

@@ -80,7 +80,7 @@ def prefill_tiles(lengths: Int32, query_starts: Int32, decodes: int, group: int)
 
 def attend(
     q: Tensor,  # [T, Hq, D]; rows and heads may have any stride
-    cache: Tensor,  # [blocks, Hkv, layers, 2, block size, D]
+    cache: Tensor,  # [blocks, Hkv, layers, 2, block size, D]; cells (head, layer) of a block may lie apart
     layer: int,
     step: PagedStep,
     scale: float,
@@ -129,8 +129,13 @@ def _check(q: Tensor, cache: Tensor, scale: float, scales: Tensor | None) -> Non
             f"heads of {dim} in blocks of {block_size} tokens: D must be a multiple of 16 up to 256, "
             "the block size a multiple of 16 up to 128"
         )
-    if not cache.is_contiguous() or not (scales is None or scales.is_contiguous()) or q.stride(2) != 1:
-        raise ValueError("the cache and its scales must be contiguous, and so must each head of q")
+    tiles = cache.stride()[4:] == (dim, 1) and (scales is None or scales.stride(4) == 1)
+    blocks = all(x is None or x.stride(0) >= kv_heads * x.stride(1) for x in (cache, scales))
+    if not tiles or not blocks or q.stride(2) != 1:
+        raise ValueError(
+            "each [block size, D] tile of the cache and the scales of one must be contiguous, each block in one place, "
+            "and so must each head of q"
+        )
     if (cache.dtype in EIGHT_BITS) != (scales is not None):
         raise ValueError(f"a cache of {cache.dtype} {'has no' if scales is not None else 'needs'} scales")
     if cache.dtype not in EIGHT_BITS and cache.dtype != q.dtype:

@@ -44,7 +44,7 @@ class ModelKey:
 
     model: bytes  # digest of the weights
     tokenizer: bytes  # digest of the tokenizer
-    dtype: str  # of the KV cache, as torch names it
+    dtype: str  # what KV is computed in, as torch names it; and behind a slash what it is kept in, if in 8 bits
     block_size: int  # tokens per block
     lora: bytes = b""  # digest of the LoRA weights (never their name)
 

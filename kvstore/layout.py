@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 ORDER_VERSION = 1
 SCALE_BYTES = 4  # float32
+SCALED = ("int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Shape of one block. A cell is one (head, layer): K then V, `tokens` x `dim` each. In int8 the float32 scales of
-    K's tokens and of V's follow them in the cell, so that any rectangle has its own."""
+    """Shape of one block. A cell is one (head, layer): K then V, `tokens` x `dim` each. In 8 bits the float32 scales
+    of K's tokens and of V's follow them in the cell, so that any rectangle has its own."""
 
     heads: int
     layers: int
@@ -29,8 +30,13 @@ class Layout:
     itemsize: int
 
     @property
+    def scaled(self) -> bool:
+        """Whether cells have scales: a value is its level times the scale of its token, head and K or V."""
+        return self.dtype in SCALED
+
+    @property
     def cell_bytes(self) -> int:
-        return 2 * self.tokens * (self.dim * self.itemsize + (SCALE_BYTES if self.dtype == "int8" else 0))
+        return 2 * self.tokens * (self.dim * self.itemsize + (SCALE_BYTES if self.scaled else 0))
 
     @property
     def cells(self) -> int:

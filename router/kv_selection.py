@@ -54,7 +54,7 @@ class Chains:
         self._settings = settings
         self._text = text
         key = settings.model_key
-        self._keys = [key] if config.kv_quantization == "none" else [key, key.approximate]
+        self._keys = [key, key.approximate] if config.kv_quantization == "int8" else [key]
         # as router/middleware.py names them; without keys there is one tenant, the empty one
         names = [hashlib.sha256(key.encode()).hexdigest() for key in config.api_keys] or [""]
         self.tenants = {tenant_tag(settings.cluster_secret, name): name for name in names}  # tag -> tenant

@@ -201,7 +201,9 @@ class GenerationRequest(BaseModel):
     ttft_deadline_ms: float | None = Field(
         None, gt=0, le=MAX_DEADLINE_MS, description="refuse the request when its first token would come later"
     )
-    exact_kv: bool | None = Field(None, description="use no KV that was kept in int8; without effect where none is")
+    exact_kv: bool | None = Field(
+        None, description="use no KV that was kept in 8 bits; refused where all of it is, without effect where none is"
+    )
     user: Any = None  # this and the next three: accepted as OpenAI defines them, without effect
     metadata: Any = None
     store: Any = None

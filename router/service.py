@@ -123,6 +123,12 @@ class Service:
             )
         self._check_ids([token for token, _ in body.logit_bias], "logit_bias")
         self._check_ids(body.stop_token_ids or (), "stop_token_ids")
+        if body.exact_kv and self._config.kv_dtype:
+            raise InvalidRequest(
+                f"all KV of this server is approximate (kv_quantization {self._config.kv_quantization}); leave "
+                "exact_kv out, or ask a server without it",
+                param="exact_kv",
+            )
         priority = body.priority or 0
         if priority < 0 and not caller.operator:
             raise Forbidden(
@@ -160,7 +166,7 @@ class Service:
         """One plan per prompt and choice, the choices of a prompt next to each other as OpenAI numbers them."""
         secret = self._settings.cluster_secret
         hash_salt, tag = salt(secret, caller.tenant, body.cache_salt or ""), tenant_tag(secret, caller.tenant)
-        exact = self._config.kv_quantization == "none" or bool(body.exact_kv)
+        exact = self._config.kv_quantization != "int8" or bool(body.exact_kv)
         seed = body.seed if body.seed is not None else secrets.randbits(63)
         unique = f"{caller.request_id}-{secrets.token_hex(4)}"  # a client may send the same request id twice
         plans: list[Plan] = []

@@ -125,8 +125,9 @@ def parse_architecture(config: Mapping[str, Any], generation: Mapping[str, Any])
     )
 
 
-def layout(architecture: Architecture, dtype: str, block_size: int) -> Layout:
-    """The shape of this model's KV blocks. Raises ModelError for a dtype the engine does not compute in."""
+def layout(architecture: Architecture, dtype: str, block_size: int, kv_dtype: str = "") -> Layout:
+    """The shape of this model's KV blocks. `kv_dtype`: int8 or float8_e4m3fn, where KV is kept in 8 bits; empty: in
+    `dtype`. Raises ModelError for a dtype the engine does not compute in."""
     if dtype not in ITEMSIZE:
         raise ModelError(f"dtype {dtype} is not supported; use one of {', '.join(ITEMSIZE)}")
     return Layout(
@@ -134,8 +135,8 @@ def layout(architecture: Architecture, dtype: str, block_size: int) -> Layout:
         layers=architecture.num_layers,
         tokens=block_size,
         dim=architecture.head_dim,
-        dtype=dtype,
-        itemsize=ITEMSIZE[dtype],
+        dtype=kv_dtype or dtype,
+        itemsize=1 if kv_dtype else ITEMSIZE[dtype],
     )
 
 

@@ -87,14 +87,15 @@ class KernelAttention:
         slots: Tensor,  # [T] int32: block * block size + place in it; -1: write nothing
         step: PagedStep,
     ) -> None:
-        self._geometry, self._rope_table, self._blocks = geometry, rope_table, cache.blocks
+        self._geometry, self._rope_table, self._cache = geometry, rope_table, cache
         self._positions, self._slots, self._step = positions, slots, step
 
     def __call__(self, layer: int, qkv: Tensor, qk_norm: Tensor | None) -> Tensor:
         g = self._geometry
         qkv = qkv.view(qkv.shape[0], -1, g.head_dim)  # [T, Hq + 2 Hkv, D]
         rope_write_inplace(
-            qkv, self._rope_table, self._positions, self._blocks, layer, self._slots,
-            g.heads, g.kv_heads, qk_norm, g.epsilon,
+            qkv, self._rope_table, self._positions, self._cache.values, layer, self._slots,
+            g.heads, g.kv_heads, qk_norm, g.epsilon, self._cache.scales,
         )  # fmt: skip
-        return attend(qkv[:, : g.heads], self._blocks, layer, self._step, g.scale, g.windows[layer])
+        cache = self._cache
+        return attend(qkv[:, : g.heads], cache.values, layer, self._step, g.scale, g.windows[layer], cache.scales)

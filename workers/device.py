@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries make their workspaces in the first
+E4M3_CAPABILITY = (8, 9)  # compute capability from which Triton compiles e4m3: Ada, Hopper and later
 T = TypeVar("T")
 
 
@@ -24,6 +25,7 @@ class Device:
 
     def __init__(self, name: str = "cpu") -> None:
         self.place = torch.device(name)
+        self.e4m3 = True  # kernels can read and write it
 
     def staging(self, size: int) -> Tensor:  # [size] bytes
         """Host memory that the device copies from and to at full speed. It belongs to whoever holds it."""
@@ -56,6 +58,7 @@ class Device:
 class Cuda(Device):
     def __init__(self, name: str = "cuda") -> None:
         super().__init__(name)
+        self.e4m3 = torch.cuda.get_device_capability(self.place) >= E4M3_CAPABILITY
         self._copies = torch.cuda.Stream(self.place, priority=0)  # steps run in the default stream
         self._pool = torch.cuda.graph_pool_handle()  # of all graphs: only one of them runs at a time
 

@@ -39,13 +39,19 @@ class MemoryProfile:
     ModelError, naming what would fit, when a longest sequence does not."""
 
     def __init__(
-        self, device: Device, architecture: Architecture, shard: Shard, block_layout: Layout, limits: Limits
+        self,
+        device: Device,
+        architecture: Architecture,
+        shard: Shard,
+        block_layout: Layout,  # scales included, where there are some
+        itemsize: int,  # bytes of a weight
+        limits: Limits,
     ) -> None:
         if shard.pp > 1:
             raise ModelError("pipeline stages on GPUs cannot agree on the size of their KV caches; set kv_memory")
         self._device, self._shard, self._layout, self._limits = device, shard, block_layout, limits
         values = sum(math.prod(shape) for shape in shapes(architecture).values())
-        self._weights = values * block_layout.itemsize // shard.tp
+        self._weights = values * itemsize // shard.tp
         total, used = device.memory(lambda: None)
         self._blocks(Profile(total, used + self._weights, self._weights))
 

@@ -97,7 +97,7 @@ class GpuRunner(Alone):
     def load(
         cls,
         directory: Path,
-        dtype: str,  # float32 or bfloat16: weights, activations and KV
+        dtype: str,  # float32 or bfloat16: weights, activations and, unless `kv_dtype` says otherwise, KV
         block_size: int,  # tokens
         kv_memory_bytes: int,  # of the worker: all its shards together; 0: what its GPUs have left
         limits: Limits,  # max_context 0: the model's own limit
@@ -105,15 +105,18 @@ class GpuRunner(Alone):
         device: Device | None = None,  # None: this process's GPU
         shard: Shard | None = None,  # None: the worker's only one
         links: Links | None = None,  # to its other shards
+        kv_dtype: str = "",  # int8 or float8_e4m3fn: KV is kept in 8 bits, with scales; empty: in `dtype`
     ) -> GpuRunner:
         """Raises ModelError when the model cannot be served with these settings, saying which would do."""
         place = device or _gpu()
         architecture = load_architecture(directory)
         own, linked = shard or whole(sizes(architecture)), links or NoLinks()
-        block_layout, torch_dtype = layout(architecture, dtype, block_size), getattr(torch, dtype)
-        check(architecture, block_layout)
+        block_layout, torch_dtype = layout(architecture, dtype, block_size, kv_dtype), getattr(torch, dtype)
+        check(architecture, block_layout, place)
         limits = replace(limits, max_context=context(architecture, limits.max_context))
-        memory = None if kv_memory_bytes else MemoryProfile(place, architecture, own, block_layout, limits)
+        memory = None
+        if not kv_memory_bytes:
+            memory = MemoryProfile(place, architecture, own, block_layout, torch_dtype.itemsize, limits)
         with torch.inference_mode():
             weights = load_weights(directory, architecture, own, torch_dtype, place.place, progress)
             table = rope_table(architecture.rope, architecture.head_dim, limits.max_context, torch_dtype)
@@ -221,8 +224,13 @@ class GpuRunner(Alone):
         return list(found.items())
 
 
-def check(architecture: Architecture, block_layout: Layout) -> None:
+def check(architecture: Architecture, block_layout: Layout, device: Device) -> None:
     """Raises ModelError, naming what is allowed, for what the kernels do not serve."""
+    if block_layout.dtype == "float8_e4m3fn" and not device.e4m3:
+        raise ModelError(
+            "this GPU is too old for kernels of e4m3, which need compute capability 8.9 (Ada, Hopper or later); set "
+            "kv_quantization to int8-cache"
+        )
     if block_layout.tokens % 16 or block_layout.tokens > 128:
         raise ModelError(f"block_size {block_layout.tokens} is not for GPUs; use a multiple of 16 up to 128")
     if architecture.head_dim % 16 or architecture.head_dim > 256:

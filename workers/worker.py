@@ -72,7 +72,7 @@ class WorkerSettings:
 
 
 class Worker:
-    """`approximate`: how blocks are in the stores of approximate KV; None where there are none, and all KV is exact.
+    """`approximate`: how blocks are in the stores of approximate KV; None where all KV is of one kind.
     `shard_pids`: the processes of all its ranks, where there are others than this one.
     `began`: when this process did, on its monotonic clock; how long starting takes is counted from there."""
 

@@ -144,6 +144,15 @@ def test_token_ids_are_not_quantized() -> None:
         load(None, {}, {"kv_quantization": "int8", "runner": "sim"})
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("int8-cache", "int8"), ("e4m3-cache", "float8_e4m3fn")])
+def test_caches_in_8_bits_are_for_gpus(name: str, dtype: str) -> None:
+    assert load(None, {}, {"kv_quantization": name, "runner": "cuda"}).kv_dtype == dtype
+    for runner in ("torch", "sim"):
+        with pytest.raises(ConfigError, match="kv_quantization"):
+            load(None, {}, {"kv_quantization": name, "runner": runner})
+    assert load(None, {}, {"kv_quantization": "int8", "runner": "cuda"}).kv_dtype == ""
+
+
 def test_workers_that_may_be_started_later_have_their_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=800))

@@ -1,8 +1,9 @@
-"""What a worker takes for true of its speed before it has measured anything."""
+"""How a shard is put together, and what a worker takes for true of its speed before it has measured anything."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from cluster.config import Config
 from cluster.identity import Identity
 from cluster.perfmodel import PRIOR
 from cluster.roofline import prior
-from deploy.served_model import model_shape
-from deploy.shards import Assembled, assemble
+from deploy.served_model import block_layout, model_shape
+from deploy.shards import Assembled, assemble, build_stage
 from kvstore.hashing import ModelKey
 from workers.architecture import load_architecture
+from workers.device import Device
 from workers.worker import WorkerSettings
 
 
@@ -51,3 +53,14 @@ def test_on_cpus_it_is_the_general_one(tiny: Path) -> None:
     assembled = assemble(settings(), tiny, lambda address: [])
     assert assembled.prior is None
     assert decode_of(assembled) == pytest.approx(PRIOR.decode)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8-cache", "e4m3-cache"])
+def test_a_gpu_has_kv_in_the_layout_that_the_stores_are_made_for(
+    kind: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.gpu_runner._gpu", Device)
+    config = Config(runner="cuda", dtype="float32", kv_memory=2**24, max_sequences=2, kv_quantization=kind)
+    stage = build_stage(dataclasses.replace(settings(), config=config), tiny, 0)
+    assert stage.layout == block_layout(config, load_architecture(tiny))
+    assert len(stage.block(0)) == stage.layout.block_bytes

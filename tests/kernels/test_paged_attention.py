@@ -1,5 +1,7 @@
 """The work lists, what the entry refuses, and the plain form against the oracle; `interpreted/` has the kernels."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,21 @@ def test_the_plain_form_in_eight_bits(kv_dtype: torch.dtype) -> None:
     case([30, 17], [1, 17], 1, kv_dtype=kv_dtype).check(1e-5)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.int8, FP8])
+def test_cells_of_a_block_may_have_something_behind_them(kv_dtype: torch.dtype) -> None:
+    """As where scales lie among the levels."""
+    made = case([30, 17], [1, 17], 1, kv_heads=2, kv_dtype=kv_dtype)
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        cells = x.flatten(3)
+        return torch.cat((cells, cells[..., :16]), -1)[..., : cells.shape[-1]].unflatten(-1, x.shape[3:])
+
+    assert made.scales is not None
+    levels = apart(made.cache.view(torch.uint8)).view(kv_dtype)
+    assert not levels.is_contiguous()
+    dataclasses.replace(made, cache=levels, scales=apart(made.scales)).check(1e-5)
+
+
 def test_what_no_kernel_serves_is_refused() -> None:
     good = case([20], [1], 1, kv_heads=2)
     eight_bits = case([20], [1], 1, kv_heads=2, kv_dtype=torch.int8)
@@ -63,6 +80,7 @@ def test_what_no_kernel_serves_is_refused() -> None:
     refused("1 to 16", good.q[..., :32], good.cache)
     refused("multiple of 16", good.q, good.cache[..., :8, :].contiguous())
     refused("contiguous", good.q, good.cache.transpose(0, 1).contiguous().transpose(0, 1))
+    refused("contiguous", good.q, good.cache.transpose(3, 4).contiguous().transpose(3, 4))
     refused("must be the same", good.q.half(), good.cache)
     refused("needs scales", good.q, eight_bits.cache)
     refused("positive", good.q, good.cache, 0.0)

@@ -34,6 +34,13 @@ def splits(draw: st.DrawFn, layout: Layout) -> list[Rectangle]:
     return [Rectangle(*heads, *layers) for heads in draw(cuts(layout.heads)) for layers in draw(cuts(layout.layers))]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_in_8_bits_every_cell_has_its_scales(dtype: str) -> None:
+    layout = Layout(heads=3, layers=2, tokens=16, dim=8, dtype=dtype, itemsize=1)
+    assert layout.cell_bytes == 2 * 16 * (8 + 4)
+    assert layout.block_bytes == 16 * layout.token_bytes == 6 * layout.cell_bytes
+
+
 @given(st.data())
 def test_any_writer_split_meets_any_reader_split(data: st.DataObject) -> None:
     layout = data.draw(layouts)

@@ -173,6 +173,20 @@ def test_approximate_kv_is_for_requests_that_do_not_refuse_it(
         assert all(generation.exact is (quantization == "none" or asked is True) for generation in generations)
 
 
+@pytest.mark.parametrize("quantization", ["int8-cache", "e4m3-cache"])
+def test_exact_kv_is_refused_where_there_is_none(model_directory: Path, quantization: str) -> None:
+    with Api(model_directory).serving("pd", kv_quantization=quantization, runner="cuda") as api:
+        for answer in (api.chat(max_tokens=2, exact_kv=True), api.complete(max_tokens=2, exact_kv=True)):
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "exact_kv"
+            assert quantization in answer.json()["error"]["message"]
+        assert not any(worker.generations for worker in api.workers.values())
+        for asked in (None, False):
+            assert api.chat(max_tokens=2, exact_kv=asked).status_code == 200
+        generations = [generation for worker in api.workers.values() for generation in worker.generations]
+        assert [generation.exact for generation in generations] == [True] * 4, "there is one kind of KV, and one root"
+
+
 def test_end_token_and_stop_string(api: Api, tokenizer: Tokenizer) -> None:
     for worker in api.workers.values():
         worker.eos_at = 4

@@ -93,6 +93,12 @@ def test_with_int8_a_prompt_stands_for_its_approximate_blocks_too(model_director
         assert by_store(kv.post("/kv/drop", prompt=PROMPT), "dropped") == {"s0": 5, "s1": 5}
 
 
+def test_where_all_kv_is_in_8_bits_a_prompt_stands_for_one_kind(model_directory: Path) -> None:
+    with site(model_directory, None, kv_quantization="int8-cache", runner="cuda") as kv:
+        kv.write(0)
+        assert kv.post("/kv/pin", prompt=PROMPT)["asked"] == 5
+
+
 def test_a_cache_salt_is_part_of_the_name(kv: Site) -> None:
     kv.write(0, cache_salt="mine")
     assert by_store(kv.post("/kv/drop", prompt=PROMPT), "dropped") == {"s0": 0, "s1": 0}

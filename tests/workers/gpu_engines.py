@@ -49,6 +49,18 @@ class Counting(Device):
         return replay
 
 
+class Sized(Device):
+    """A GPU of that many bytes, on which the largest step uses so many."""
+
+    def __init__(self, total: int, idle: int, peak: int) -> None:
+        super().__init__()
+        self.total, self.answers = total, [idle, peak]
+
+    def memory(self, run: Callable[[], None]) -> tuple[int, int]:
+        run()
+        return self.total, self.answers.pop(0)
+
+
 def gpu_runner(
     directory: Path,
     blocks: int = 200,
@@ -56,11 +68,11 @@ def gpu_runner(
     shard: Shard | None = None,
     links: Links | None = None,
     limits: Limits = LIMITS,
+    kv_dtype: str = "",
 ) -> GpuRunner:
     """Blocks: of a worker that is one shard."""
-    made = GpuRunner.load(
-        directory, "float32", BLOCK, blocks * block_bytes(directory), limits, None, device or Device(), shard, links
-    )
+    memory, place = blocks * block_bytes(directory, kv_dtype), device or Device()
+    made = GpuRunner.load(directory, "float32", BLOCK, memory, limits, None, place, shard, links, kv_dtype)
     return poisoned(made)
 
 
@@ -68,8 +80,8 @@ def cpu_runner(directory: Path, blocks: int = 200) -> ModelRunner:
     return poisoned(ModelRunner.load(directory, "float32", BLOCK, blocks * block_bytes(directory), 0))
 
 
-def block_bytes(directory: Path) -> int:
-    return layout(load_architecture(directory), "float32", BLOCK).block_bytes
+def block_bytes(directory: Path, kv_dtype: str = "") -> int:
+    return layout(load_architecture(directory), "float32", BLOCK, kv_dtype).block_bytes
 
 
 R = TypeVar("R", GpuRunner, ModelRunner)

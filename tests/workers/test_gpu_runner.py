@@ -1,5 +1,6 @@
 """The GPU's runner, on a CPU: the tokens of the CPU's, whatever the batch, and what it asks of its device."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from cluster.errors import ModelError
 from cluster.messages import Sampling
 from kernels.paged_attention import CHUNK
 from tests.workers import local_links
-from tests.workers.gpu_engines import BLOCK, LIMITS, Counting, block_bytes, cpu_runner, crowded, gpu_runner
+from tests.workers.gpu_engines import BLOCK, LIMITS, Counting, Sized, block_bytes, cpu_runner, crowded, gpu_runner
 from tests.workers.tiny_models import build, generate, prompts, sequence
 from workers.architecture import load_architecture, sizes
 from workers.device import Device
@@ -170,18 +171,6 @@ def test_shards_compute_the_tokens_of_one(model: Path, tp: int, pp: int) -> None
         assert generate(Together(), given, 5, sampling) == expected
 
 
-class Sized(Device):
-    """A GPU of that many bytes, on which the largest step uses so many."""
-
-    def __init__(self, total: int, idle: int, peak: int) -> None:
-        super().__init__()
-        self.total, self.answers = total, [idle, peak]
-
-    def memory(self, run: object) -> tuple[int, int]:
-        run()  # type: ignore[operator]
-        return self.total, self.answers.pop(0)
-
-
 def test_the_cache_takes_what_the_largest_step_leaves(model: Path) -> None:
     block = block_bytes(model)
     total = 400 * block
@@ -206,7 +195,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(model: Path) -> No
 
 def test_a_step_that_does_not_fit_is_refused_with_what_to_lower(model: Path) -> None:
     class Full(Sized):
-        def memory(self, run: object) -> tuple[int, int]:
+        def memory(self, run: Callable[[], None]) -> tuple[int, int]:
             if self.answers[0] == 0:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().memory(run)

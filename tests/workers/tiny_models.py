@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from cluster.messages import Generation, Sampling
+from kernels.quantization import dequantize, quantize
 from kvstore.layout import Layout
 from workers.model_runner import ModelRunner
 from workers.runner import Chunk
@@ -140,11 +141,30 @@ def generate(
     return [s.tokens[s.prompt_length :] for s in sequences]
 
 
-def reference(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """What transformers generates greedily; it does not stop at the end-of-sequence token."""
+class EightBits(DynamicCache):
+    """Of transformers: keys and values as they come back from 8 bits, those of the tokens being computed included."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eight_bits = dtype
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        keys, values = (dequantize(*quantize(x, self.eight_bits), x.dtype) for x in (key_states, value_states))
+        return super().update(keys, values, *args, **kwargs)
+
+
+def reference(model: Any, prompt: list[int], new_tokens: int, kv_dtype: str = "") -> list[int]:
+    """What transformers generates greedily, with KV of another dtype where one is named; it does not stop at the
+    end-of-sequence token."""
     ids = torch.tensor([prompt])
+    cache = {"past_key_values": EightBits(getattr(torch, kv_dtype))} if kv_dtype else {}
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            **cache,
         )
     return [int(token) for token in out[0, len(prompt) :]]

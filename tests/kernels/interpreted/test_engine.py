@@ -24,6 +24,14 @@ def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     assert generate(gpu_runner(tmp_path, limits=Limits(64, 3, 64)), given, NEW, GREEDY, largest_chunk=14) == expected
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+def test_with_kv_in_8_bits_too(kv_dtype: str, tmp_path: Path) -> None:
+    model, given = build("llama", tmp_path, num_hidden_layers=2), prompts([1, 20])
+    expected = [reference(model, prompt, NEW, kv_dtype) for prompt in given]
+    runner = gpu_runner(tmp_path, 12, limits=Limits(64, 2, 64), kv_dtype=kv_dtype)
+    assert generate(runner, given, NEW, GREEDY, largest_chunk=14) == expected
+
+
 def test_prefix_hits_preemption_and_replayed_decodes_change_no_token(tmp_path: Path) -> None:
     model = build("llama", tmp_path, num_hidden_layers=1)
     device = Counting()
@@ -37,9 +45,10 @@ def test_prefix_hits_preemption_and_replayed_decodes_change_no_token(tmp_path: P
     assert device.replayed > 5
 
 
-def test_blocks_leave_and_come_back_byte_for_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["", "int8"])
+def test_blocks_leave_and_come_back_byte_for_byte(kv_dtype: str, tmp_path: Path) -> None:
     build("llama", tmp_path, num_hidden_layers=2)
-    runner = gpu_runner(tmp_path, 12, limits=Limits(64, 1, 64))
+    runner = gpu_runner(tmp_path, 12, limits=Limits(64, 1, 64), kv_dtype=kv_dtype)
     for index in range(runner.num_blocks):
         runner.block(index)[:] = torch.randint(0, 256, (runner.layout.block_bytes,), dtype=torch.uint8).numpy()
     blocks = DeviceBlocks(runner.device_cache, runner.layout, runner.shard)
