@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
-
-import torch
+from typing import TYPE_CHECKING, NoReturn
 
 from cluster.messages import Rates
 from cluster.roofline import prior
@@ -25,19 +23,19 @@ from workers.architecture import load_architecture
 from workers.assembly import join, load
 from workers.control import ControlListener
 from workers.follower import Follower
-from workers.gpu_profile import Limits
-from workers.gpu_runner import GpuRunner
 from workers.lead import Lead
-from workers.links import Links, NoLinks
-from workers.model_runner import ModelRunner
-from workers.process_links import ProcessLinks, Rendezvous
-from workers.quantization import Int8Codec
+from workers.links import Links
 from workers.runner import Runner
 from workers.shard import Shard, shards
 from workers.shard_blocks import BlockServer
 from workers.sim import SimRunner, Timings, sim_layout
 from workers.stored_blocks import EncodedBlocks
 from workers.worker import Worker, WorkerSettings
+
+if TYPE_CHECKING:  # what computes with torch is imported where it is needed: a simulated worker starts without
+    from workers.gpu_runner import GpuRunner
+    from workers.model_runner import ModelRunner
+    from workers.process_links import Rendezvous
 
 JOIN_S = 60.0  # from a process that has started to one that has imported what it needs
 LOAD_S = 600.0  # weights of a large model from a slow disk
@@ -59,6 +57,8 @@ class Assembled:
         """The service around it, yet to be started. `began`: when this process did, if not now."""
         approximate = None
         if settings.config.kv_quantization == "int8":
+            from workers.quantization import Int8Codec
+
             codec = Int8Codec(self.runner.shard.part(self.runner.layout))
             approximate = EncodedBlocks(self.runner, codec)
         return Worker(self.runner, settings, approximate, self.shard_pids, began, self.prior)
@@ -79,6 +79,8 @@ def assemble(
     with contextlib.closing(ControlListener(identity.host, identity.secret)) as listener:
         pids = start(listener.address)
         controls = join(listener, tp * pp - 1, JOIN_S)
+    from workers.process_links import Rendezvous
+
     rendezvous = Rendezvous(identity.host)
     build = partial(build_stage, settings, model, 0, progress=progress)
     stage, peers = load(controls, rendezvous.address, build, LOAD_S)
@@ -109,13 +111,18 @@ def build_stage(
     config = settings.config
     tp, pp = config.grid(settings.role)
     shard = shards(model_sizes(config, load_architecture(model)), tp, pp)[rank]
-    links: Links = NoLinks()
+    links: Links | None = None
     if tp * pp > 1:
+        from workers.process_links import ProcessLinks
+
         device = "cuda" if config.runner == "cuda" else "cpu"
         links = ProcessLinks.join(rendezvous, shard, config.step_timeout, device)
     if config.runner == "sim":
         return _sim(settings, model, shard, links)
     if config.runner == "cuda":
+        from workers.gpu_profile import Limits
+        from workers.gpu_runner import GpuRunner
+
         limits = Limits(config.token_budget, config.max_sequences, settings.max_context)
         return GpuRunner.load(
             model,
@@ -128,6 +135,8 @@ def build_stage(
             links=links,
             kv_dtype=config.kv_dtype,
         )
+    from workers.model_runner import ModelRunner
+
     return ModelRunner.load(
         model,
         dtype=config.dtype,
@@ -141,15 +150,17 @@ def build_stage(
 
 
 def _prior(settings: WorkerSettings, model: Path) -> Rates | None:
-    """Of a worker whose first stage is built: a process that computes on CPUs has never touched CUDA."""
-    if not torch.cuda.is_initialized():
-        return None
+    """Nothing is known of what a step takes on CPUs."""
     config = settings.config
+    if config.runner != "cuda":
+        return None
+    import torch
+
     shape, (tp, pp) = model_shape(load_architecture(model)), config.grid(settings.role)
     return prior(shape, torch.cuda.get_device_name(), tp, pp, config.dtype, config.token_budget)
 
 
-def _sim(settings: WorkerSettings, model: Path, shard: Shard, links: Links) -> SimRunner:
+def _sim(settings: WorkerSettings, model: Path, shard: Shard, links: Links | None) -> SimRunner:
     config = settings.config
     longest = -(-settings.max_context // config.block_size)
     num_blocks = longest * max(2, config.max_sequences // SIM_SHARE)

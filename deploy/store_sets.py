@@ -14,7 +14,6 @@ from cluster.config import Config
 from cluster.identity import Identity
 from deploy import disk_tier
 from kvstore.layout import Layout
-from workers.quantization import Int8Codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ def store_sets(config: Config, layout: Layout, identity: Identity, disk: Path | 
     """`disk` is the folder of the disk tier, if there is one."""
     kinds = [("store", layout, identity, "")]
     if config.kv_quantization == "int8":
-        kinds.append(("tier", Int8Codec(layout).stored, identity.approximate, "int8-"))
+        kinds.append(("tier", layout.int8, identity.approximate, "int8-"))
     share = len(kinds) * config.stores
     return [
         StoreSet(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ORDER_VERSION = 1
 SCALE_BYTES = 4  # float32
@@ -33,6 +33,11 @@ class Layout:
     def scaled(self) -> bool:
         """Whether cells have scales: a value is its level times the scale of its token, head and K or V."""
         return self.dtype in SCALED
+
+    @property
+    def int8(self) -> Layout:
+        """The same blocks with levels and scales for values."""
+        return replace(self, dtype="int8", itemsize=1)
 
     @property
     def cell_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """One engine, which decides and computes, and the worker around it, which talks to everybody else.
 
     decides              engine  scheduler  in_flight  sequence  step                           synchronous; one thread
-                         fetching  foresight  offering  sightings
+                         fetching  foresight  draw  offering  sightings
     computes             runner (the seam)  model  attention  cache  rope  sampling;  sim
       on CPUs            model_runner  batch  segments
       on GPUs            gpu_runner  device (what only a GPU has)  device_batch  decode_graphs  gpu_memory  gpu_profile

@@ -27,8 +27,8 @@ from kernels.paged_attention import PagedStep, decode_items, prefill_tiles
 from kernels.sampling import key
 from workers.attention import Geometry, KernelAttention
 from workers.cache import KvCache
+from workers.draw import Draw
 from workers.runner import Chunk
-from workers.sampling import Draw
 from workers.sequence import Sequence
 
 ALIGNMENT = 4  # words: 16 bytes, which Triton compiles for; a field that is not aligned would be compiled anew

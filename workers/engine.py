@@ -24,12 +24,12 @@ from kvstore.fetcher import Source
 from kvstore.hashing import extend
 from kvstore.layout import Layout
 from workers.counters import EngineCounters
+from workers.draw import finish
 from workers.fetching import Choice, choose
 from workers.foresight import foresight
 from workers.in_flight import InFlight
 from workers.offering import Offering
 from workers.runner import Chunk, Runner
-from workers.sampling import finish
 from workers.scheduler import Scheduler
 from workers.sequence import Sequence, State
 from workers.step import BlockFetch, Offload, Send, Step

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from workers.sampling import Draw
+from workers.draw import Draw
 from workers.sequence import Sequence
 
 

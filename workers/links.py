@@ -6,10 +6,11 @@ step plans ensures. Only the compute thread of a shard calls.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a simulated worker has no use for torch, which takes seconds to import
+    import torch
+    from torch import Tensor
 
 
 class Links(Protocol):

@@ -18,11 +18,11 @@ from kvstore.layout import Layout
 from workers.architecture import Architecture, layout, load_architecture, sizes
 from workers.batch import build_batch
 from workers.cache import KvCache
+from workers.draw import Draw
 from workers.links import Links, NoLinks
 from workers.model import Decoder
 from workers.rope import rope_table
 from workers.runner import Alone, Chunk
-from workers.sampling import Draw
 from workers.shard import Shard, shards, whole
 from workers.vocabulary import sample_slice
 from workers.weights import load_weights

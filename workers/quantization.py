@@ -7,8 +7,6 @@ another one for requests that accept approximate KV.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,7 @@ class Int8Codec:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.stored = dataclasses.replace(layout, dtype="int8", itemsize=1)
+        self.stored = layout.int8
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
         self._levels = 2 * layout.tokens * layout.dim  # bytes of a cell before its scales
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.layout import Layout
-from workers.device import DeviceCache
 from workers.sequence import Sequence
 from workers.shard import Shard
+
+if TYPE_CHECKING:  # torch takes seconds to import, and only a cache in it needs it
+    from workers.device import DeviceCache
 
 
 @dataclass(frozen=True, slots=True)

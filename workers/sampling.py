@@ -11,37 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.messages import FinishReason, Sampling
+from cluster.messages import Sampling
 from kernels.sampling import gumbel
+from workers.draw import Draw
 
-GREEDY_TEMPERATURE = 1e-5  # below this a softmax is an argmax in fp32 anyway
 CANDIDATES = 1024  # top-p looks at this many tokens first: sorting a whole vocabulary takes 30 times as long
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """One row to sample: the next of `tokens`, of which the first `prompt_length` are the prompt."""
-
-    sampling: Sampling
-    tokens: Sequence[int]
-    prompt_length: int
-
-    @property
-    def greedy(self) -> bool:
-        return self.sampling.temperature < GREEDY_TEMPERATURE or self.sampling.top_k == 1
-
-    @property
-    def adjusted(self) -> bool:
-        """Something changes the logits before they are compared."""
-        s = self.sampling
-        penalised = s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
-        return penalised or bool(s.logit_bias) or len(self.tokens) - self.prompt_length < s.min_tokens
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:  # [R, V]
@@ -50,16 +29,6 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:  # [R, V]
     plain = [draw.greedy and not draw.adjusted for draw in draws]
     best = logits.argmax(-1).tolist() if any(plain) else []
     return [best[row] if plain[row] else _sample_row(adjust(logits[row], draw), draw) for row, draw in enumerate(draws)]
-
-
-def finish(sampling: Sampling, tokens: Sequence[int], prompt_length: int, max_context: int) -> FinishReason | None:
-    """Why generation ends with the last of `tokens`, if it does."""
-    new_tokens = len(tokens) - prompt_length
-    if new_tokens > sampling.min_tokens and tokens[-1] in sampling.stop_token_ids:
-        return "stop"
-    if new_tokens >= sampling.max_tokens or len(tokens) >= max_context:
-        return "length"
-    return None
 
 
 def _sample_row(logits: Tensor, draw: Draw) -> int:  # [V]

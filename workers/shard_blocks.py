@@ -29,7 +29,6 @@ from kvstore.connections import Connections
 from kvstore.copying import outlast
 from kvstore.presence import joined
 from workers.block_mover import OwnBlocks
-from workers.quantization import Int8Codec
 from workers.runner import Stage
 from workers.shard_answers import error_told, fetched_blocks, followed, source_of, unpacked
 from workers.stored_blocks import EncodedBlocks, StoredBlocks, exact_blocks
@@ -58,6 +57,8 @@ class BlockServer:
     def __init__(self, stage: Stage, identity: Identity, quantized: bool, *, force_inline: bool = False) -> None:
         kinds: dict[bool, StoredBlocks] = {True: exact_blocks(stage)}
         if quantized:
+            from workers.quantization import Int8Codec  # imports torch
+
             kinds[False] = EncodedBlocks(stage, Int8Codec(stage.shard.part(stage.layout)))
         self._kinds = {exact: _Kind(blocks, identity.secret, force_inline) for exact, blocks in kinds.items()}
         self._host = identity.host

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from kvstore.layout import Layout
-from workers.links import Links, NoLinks
+from workers.links import Links
 from workers.runner import Alone, Chunk
 from workers.shard import Shard, Sizes, whole
 
@@ -47,8 +46,8 @@ def sim_sizes(layout: Layout, vocab_size: int) -> Sizes:
 
 
 class SimRunner(Alone):
-    """`shard`: which part of `layout` it has, None for all of it; `links`: to the other shards, where there are some.
-    `timings` are those of the whole model: a stage takes its layers' share of them."""
+    """`shard`: which part of `layout` it has, None for all of it; `links`: to the others, None where there are
+    none. `timings` are those of the whole model: a stage takes its layers' share of them."""
 
     def __init__(
         self,
@@ -66,7 +65,7 @@ class SimRunner(Alone):
         self.shard = shard or whole(sim_sizes(layout, vocab_size))
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
-        self._links: Links = links or NoLinks()
+        self._links = links
         self._timings = timings or Timings()
         self._share = (self.shard.layers[1] - self.shard.layers[0]) / layout.layers
         self._sleep = sleep
@@ -81,23 +80,36 @@ class SimRunner(Alone):
 
     def run(self, chunks: list[Chunk]) -> list[int | None]:
         sampled = [chunk for chunk in chunks if chunk.samples]
+        if self._links is None:
+            return self._tokens(chunks, self._compute(chunks, sampled))
+        sums = self._linked(self._links, chunks, sampled)
+        return [None] * len(chunks) if sums is None else self._tokens(chunks, sums)
+
+    def _linked(self, links: Links, chunks: list[Chunk], sampled: list[Chunk]) -> npt.NDArray[np.uint64] | None:
+        """All shards' sums, at the last stage."""
+        import torch  # seconds, and a single simulated shard has no use for it
+
         # one more, so that every shard has a part in every step, also when nothing is sampled
         rows = 1 + sum(chunk.first + chunk.take for chunk in sampled)
-        before = None if self.shard.first_stage else self._links.receive((rows,), torch.int64)
+        before = None if self.shard.first_stage else links.receive((rows,), torch.int64)
+        sums = np.concatenate([np.zeros(1, np.uint64), self._compute(chunks, sampled)])
+        total = torch.from_numpy(sums.view(np.int64))  # the same bits: the sums of both wrap alike
+        links.sum_inplace(total)
+        if before is not None:
+            total += before
+        if not self.shard.last_stage:
+            links.send(total)
+            return None
+        return total.numpy().view(np.uint64)[1:]
+
+    def _compute(self, chunks: list[Chunk], sampled: list[Chunk]) -> npt.NDArray[np.uint64]:
+        """This shard's part of a step: the sums of all that is sampled, one after the other."""
         seconds = self._timings.step(sum(c.take for c in chunks), sum(c.first for c in chunks))
         if seconds := seconds * self._share:
             self._sleep(seconds)
         for chunk in chunks:
             self._write(chunk)
-        sums = np.concatenate([np.zeros(1, np.uint64), *map(self._sums, sampled)])
-        total = torch.from_numpy(sums.view(np.int64))  # the same bits: the sums of both wrap alike
-        self._links.sum_inplace(total)
-        if before is not None:
-            total += before
-        if not self.shard.last_stage:
-            self._links.send(total)
-            return [None] * len(chunks)
-        return self._tokens(chunks, total.numpy().view(np.uint64)[1:])
+        return np.concatenate([np.zeros(0, np.uint64), *map(self._sums, sampled)])
 
     def _write(self, chunk: Chunk) -> None:
         sequence, size = chunk.sequence, self.layout.tokens

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from kvstore.copying import Block, in_thread
 from kvstore.layout import Layout
 from kvstore.part import Part
-from workers.device import DeviceCache
-from workers.device_blocks import DeviceBlocks
 from workers.shard import Shard
+
+if TYPE_CHECKING:  # torch takes seconds to import, and only a cache in it needs it
+    from workers.device import DeviceCache
 
 
 class ShardCache(Protocol):
@@ -74,6 +75,8 @@ class Codec(Protocol):
 def exact_blocks(cache: ShardCache) -> StoredBlocks:
     """Byte for byte, wherever the cache is."""
     if cache.device_cache is not None:
+        from workers.device_blocks import DeviceBlocks
+
         return DeviceBlocks(cache.device_cache, cache.layout, cache.shard)
     return ExactBlocks(cache)
 

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.sampling import gumbel
+from workers.draw import Draw
 from workers.links import Links
-from workers.sampling import Draw, adjust, lowest, mass_above, ranked_floor, sample
+from workers.sampling import adjust, lowest, mass_above, ranked_floor, sample
 from workers.shard import Shard, split
 
 CANDIDATES = 256  # logits per row and rank in step 2: few nuclei are larger, and those cost one more gather

@@ -175,8 +175,8 @@ def test_one_that_dies_while_it_drains_has_nothing_left_even_if_it_is_restarted(
         await site.stop("decode-0")
         await until(lambda: becomes(cluster, state="draining", running=0))
         await staff.start("decode-0", "decode")
-        await submit(site, "decode-0", "late", 300)
         await until(lambda: heard(cluster, lambda: bool(staff.restarts)))
+        await submit(site, "decode-0", "late", 300)
         await until(lambda: site.load("decode-0").running == 1)
         assert await becomes(cluster, state="draining", running=0)
 

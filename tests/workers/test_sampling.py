@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.messages import Sampling
-from workers.sampling import Draw, finish, sample
+from workers.draw import Draw, finish
+from workers.sampling import sample
 
 VOCAB = 50
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.messages import Sampling
-from workers.sampling import Draw, sample
+from workers.draw import Draw
+from workers.sampling import sample
 from workers.shard import Sizes, shards
 from workers.vocabulary import sample_slice
 

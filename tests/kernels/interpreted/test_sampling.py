@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cluster.messages import Sampling
 from kernels.sampling import key, sample_rows
-from workers.sampling import Draw, sample
+from workers.draw import Draw
+from workers.sampling import sample
 
 FILTERS: list[dict[str, Any]] = [
     {}, {"temperature": 0.0}, {"temperature": 0.3}, {"temperature": 1.7}, {"top_k": 1}, {"top_k": 2}, {"top_k": 40},
