@@ -21,7 +21,6 @@ STEP_S, SEQUENCE_S = 0.6e-3, 3.4e-6  # the engine's own time
 PREFILL_ATTENTION, DECODE_ATTENTION = 0.55, 0.88  # parts of peak arithmetic, of memory bandwidth
 KV_READ = 0.8  # part of memory bandwidth at which prefill reads its context
 ELEMENTWISE = 13  # times that norms, activations and rotations move an activation
-KV_BYTES = 2  # of an element of KV: bfloat16 also where the weights are not
 HOP_S = 10e-6  # from one pipeline stage to the next
 MEMORY_USED, RESERVE_BYTES = 0.9, 2e9  # of a GPU's memory for weights and KV; activations and graphs
 DISK_BYTES_S, NETWORK, FETCH_MS = 6e9, 0.87, (0.5, 1.0, 3.0)  # a drive pair; part of a NIC's rate; memory, disk, remote
@@ -47,6 +46,7 @@ class ModelShape:
     head_dim: int
     mlp: int
     vocab: int
+    kv_bytes: int = 2  # of an element of KV: bfloat16 also where the weights are not
 
     @property
     def parameters(self) -> int:
@@ -55,7 +55,7 @@ class ModelShape:
 
     @property
     def kv_token_bytes(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * KV_BYTES
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ def _product_s(gpu: Gpu, size: int, m: float, columns: float, rows: float) -> fl
 def _attention_s(
     model: ModelShape, gpu: Gpu, tp: int, chunks: Sequence[tuple[int, int]], batch: int, kv_tokens: int
 ) -> float:
-    token_bytes = 2 * model.kv_heads / tp * model.head_dim * KV_BYTES
+    token_bytes = 2 * model.kv_heads / tp * model.head_dim * model.kv_bytes
     seconds = 0.0
     if chunks:
         pairs = sum(take * (context + take / 2) for take, context in chunks)

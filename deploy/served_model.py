@@ -51,7 +51,7 @@ def max_context(config: Config, architecture: Architecture) -> int:
     return config.max_context or architecture.max_context
 
 
-def model_shape(architecture: Architecture) -> ModelShape:
+def model_shape(architecture: Architecture, kv_bytes: int = 2) -> ModelShape:
     """As the performance model's prior wants it."""
     a = architecture
     return ModelShape(
@@ -62,6 +62,7 @@ def model_shape(architecture: Architecture) -> ModelShape:
         head_dim=a.head_dim,
         mlp=a.intermediate_size,
         vocab=a.vocab_size,
+        kv_bytes=kv_bytes,
     )
 
 

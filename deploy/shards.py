@@ -156,7 +156,8 @@ def _prior(settings: WorkerSettings, model: Path) -> Rates | None:
         return None
     import torch
 
-    shape, (tp, pp) = model_shape(load_architecture(model)), config.grid(settings.role)
+    shape = model_shape(load_architecture(model), 1 if config.kv_dtype else 2)
+    tp, pp = config.grid(settings.role)
     return prior(shape, torch.cuda.get_device_name(), tp, pp, config.dtype, config.token_budget)
 
 

@@ -38,12 +38,21 @@ def decode_of(assembled: Assembled) -> tuple[float, float, float]:
     return asyncio.run(told())  # its server belongs to an event loop
 
 
+def on_a_gpu(kind: str) -> WorkerSettings:
+    config = Config(runner="cuda", dtype="bfloat16", kv_memory=2**24, max_sequences=2, kv_quantization=kind)
+    return dataclasses.replace(settings(), config=config)
+
+
 @pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA L40S"])
-def test_on_a_gpu_it_is_what_that_gpu_promises(gpu: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+@pytest.mark.parametrize(("kind", "kv_bytes"), [("none", 2), ("int8-cache", 1)])
+def test_on_a_gpu_it_is_what_that_gpu_promises(
+    gpu: str, kind: str, kv_bytes: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.gpu_runner._gpu", Device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
-    assembled = assemble(settings(), tiny, lambda address: [])
-    expected = prior(model_shape(load_architecture(tiny)), gpu, 1, 1, "bfloat16", 256)
+    asked = on_a_gpu(kind)
+    assembled = assemble(asked, tiny, lambda address: [])
+    expected = prior(model_shape(load_architecture(tiny), kv_bytes), gpu, 1, 1, "bfloat16", asked.config.token_budget)
     assert assembled.prior == expected
     assert expected.decode != PRIOR.decode
     assert decode_of(assembled) == pytest.approx(expected.decode)
@@ -60,7 +69,7 @@ def test_a_gpu_has_kv_in_the_layout_that_the_stores_are_made_for(
     kind: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.gpu_runner._gpu", Device)
-    config = Config(runner="cuda", dtype="float32", kv_memory=2**24, max_sequences=2, kv_quantization=kind)
-    stage = build_stage(dataclasses.replace(settings(), config=config), tiny, 0)
-    assert stage.layout == block_layout(config, load_architecture(tiny))
+    asked = on_a_gpu(kind)
+    stage = build_stage(asked, tiny, 0)
+    assert stage.layout == block_layout(asked.config, load_architecture(tiny))
     assert len(stage.block(0)) == stage.layout.block_bytes
