@@ -7,8 +7,6 @@ been idle. What nodes there are may be said as `ray up` is told it, with nodes t
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,9 +18,9 @@ from typing import Any
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
 from deploy.environment import free_range
-from tests.serving import called, environment, marked, wait_until
+from tests.e2e.ray_head import ray_head
+from tests.serving import called, marked
 
-OPEN = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 IDLE_MINUTES = 0.05
 START_S = 60.0
 MEMORY = 80_000_000  # of a node for Ray's objects: the least it takes
@@ -51,38 +49,22 @@ def elastic_ray(
     `options`: more of them for the head's `ray start`. `more`: environment of all nodes."""
     head_cpus = 1 if node_types is None else 0
     mark, port = uuid.uuid4().hex, free_range(1)
-    # Ray's sockets need a short path
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as folder:
+    made = ElasticRay(f"127.0.0.1:{port}", mark)
+    with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "autoscaling.json"
-        config.write_text(json.dumps(autoscaling(most_nodes, f"127.0.0.1:{port}", head_cpus, node_types or SHARDS)))
+        config.write_text(json.dumps(autoscaling(most_nodes, made.address, head_cpus, node_types or SHARDS)))
         fake = {
-            "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         }
-        head = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"),
-                *("--include-dashboard=false", f"--num-cpus={head_cpus}", "--node-ip-address=127.0.0.1"),
-                *(f"--temp-dir={folder}/r", f"--object-store-memory={MEMORY}", f"--autoscaling-config={config}"),
-                *(f"--ray-client-server-port={free_range(1)}", "--min-worker-port=0", "--max-worker-port=0"),
-                *options,
-            ],
-            env=environment(mark, **{**OPEN, **fake, **more}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        made = ElasticRay(f"127.0.0.1:{port}", mark)
-        try:
-            wait_until(lambda: made.nodes() >= 1, START_S)
+        given = (
+            *("--include-dashboard=false", f"--num-cpus={head_cpus}", f"--object-store-memory={MEMORY}"),
+            *(f"--autoscaling-config={config}", *options),
+        )
+        with ray_head(mark, port, given, lambda: made.nodes() >= 1, START_S, **{**fake, **more}):
             yield made
-        finally:
-            head.terminate()
-            try:
-                head.wait(30)
-            finally:
-                for straggler in marked(mark):
-                    straggler.kill()
 
 
 def autoscaling(most_nodes: int, gcs_address: str, head_cpus: int, node_types: dict[str, Any]) -> dict[str, object]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.redis_server import EmbeddedRedis
-from tests.e2e.elastic_ray import OPEN, elastic_ray
+from tests.e2e.elastic_ray import elastic_ray
 from tests.e2e.policies import WANTED
+from tests.e2e.ray_head import OPEN
 from tests.e2e.sim_oracle import Oracle
 from tests.serving import serving, wait_until
 from workers.architecture import load_architecture

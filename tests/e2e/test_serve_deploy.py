@@ -6,10 +6,10 @@ Only what is a machine's is changed in the file: ports, and simulated workers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,11 +26,11 @@ import yaml
 from deploy.environment import free_range
 from kvstore.arena import SHARED_MEMORY
 from kvstore.redis_server import EmbeddedRedis
+from tests.e2e.ray_head import OPEN, ray_head
 from tests.serving import Served, called, environment, marked, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0
-OPEN = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
 MODULE = (sys.executable, "-m")
 
 
@@ -43,7 +43,13 @@ class Ray:
     def serve(self, *arguments: str) -> None:
         """Ray's own command."""
         command = [*MODULE, "ray.serve.scripts", *arguments, "--address", self.dashboard]
-        run = subprocess.run(command, env=environment(self.mark, **OPEN), capture_output=True, text=True, timeout=120)
+        run = subprocess.run(
+            command,
+            env=environment(self.mark, PYTHONPATH=str(ROOT), **OPEN),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert run.returncode == 0, run.stdout + run.stderr
 
     def state(self) -> str:
@@ -62,28 +68,14 @@ class Ray:
 def ray_cluster(**more: str) -> Iterator[Ray]:
     """A head node with Ray's dashboard, which is what `serve deploy` talks to."""
     mark, port, dashboard = uuid.uuid4().hex, free_range(1), free_range(1)
-    # Ray's sockets need a short path
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as folder:
-        head = subprocess.Popen(
-            [
-                *(*MODULE, "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=4"),
-                *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-                *("--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--dashboard-agent-listen-port=0"),
-                *(f"--ray-client-server-port={free_range(1)}", "--min-worker-port=0", "--max-worker-port=0"),
-            ],
-            env=environment(mark, **OPEN, **more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        made = Ray(f"http://127.0.0.1:{dashboard}", head, mark)
-        try:
-            wait_until(lambda: answers(f"{made.dashboard}/api/version"), START_S)
-            yield made
-        finally:
-            head.terminate()
-            try:
-                head.wait(60)
-            finally:
-                for straggler in marked(mark):
-                    straggler.kill()
+    url = f"http://127.0.0.1:{dashboard}"
+    options = (
+        *("--num-cpus=4", "--include-dashboard=true", "--dashboard-host=127.0.0.1"),
+        *(f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0"),
+    )
+    up = functools.partial(answers, f"{url}/api/version")
+    with ray_head(mark, port, options, up, START_S, PYTHONPATH=str(ROOT), **more) as head:
+        yield Ray(url, head, mark)
 
 
 def answers(url: str) -> bool:

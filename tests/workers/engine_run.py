@@ -6,7 +6,7 @@ The sim's tokens depend on every KV row that it reads back: lost or mixed-up blo
 import math
 from collections.abc import Iterable
 
-from cluster.messages import Generation, JobFailed, Sampling, TokenOutput
+from cluster.messages import Generation, Handoff, JobFailed, Sampling, TokenOutput
 from cluster.perfmodel import PerfModel
 from kvstore.fetcher import Source
 from kvstore.layout import Layout
@@ -128,6 +128,35 @@ class Run:
             if not (step.computed or step.outputs or step.lookups or step.fetches):
                 return self
         raise AssertionError("the engine does not come to rest")
+
+
+def crowded(run: Run) -> None:
+    """More than fits into 40 blocks: some are preempted, and none may notice."""
+    prompts = {f"s{i}": prompt(20 + i, seed=i) for i in range(8)}
+    for name, tokens in prompts.items():
+        run.add(sequence(name, tokens, new=40))
+    run.finish_all()
+    assert run.engine.scheduler.preemptions > 0
+    assert run.tokens == {name: alone(tokens, 40) for name, tokens in prompts.items()}
+    assert_no_leak(run.engine)
+
+
+def handed_over(run: Run, source: Runner) -> None:
+    """A sequence of which another engine, on `source`, computed the prompt comes to `run` between its steps."""
+    filled = Engine(source, token_budget=64, max_sequences=1, max_context=64)
+    filled.add(sequence("known", prompt(10), new=1, transfer_id="known"))
+    (send,) = filled.step(0.0).sends
+    arriving = sequence("d", prompt(10), new=9, handoff=Handoff("store", 1, "known"))
+    run.engine.add(arriving)
+    while not run.receives:
+        run.step()
+    for position, block in send.blocks:
+        run.engine.runner.block(arriving.block_table[position])[:] = source.block(block)
+    run.step()
+    run.engine.received(arriving, len(send.blocks), send.first_token)
+    run.finish_all()
+    assert run.tokens["d"] == alone(prompt(10), 9)
+    assert_no_leak(run.engine)
 
 
 def alone(prompt_tokens: list[int], new: int = 8) -> list[int]:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cluster.messages import Generation, Handoff, Sampling
-from tests.workers.engine_run import BLOCK, Run, alone, assert_no_leak, engine, prompt, sequence
+from tests.workers.engine_run import BLOCK, Run, alone, assert_no_leak, crowded, engine, prompt, sequence
 from workers.sequence import Sequence
 
 
@@ -54,14 +54,7 @@ def test_another_root_shares_nothing() -> None:
 
 
 def test_preemption_changes_no_token_and_leaks_nothing() -> None:
-    run = Run(engine(num_blocks=40, token_budget=32))
-    prompts = {f"s{i}": prompt(20 + i, seed=i) for i in range(8)}
-    for name, tokens in prompts.items():
-        run.engine.add(sequence(name, tokens, new=40))
-    run.finish_all()
-    assert run.engine.scheduler.preemptions > 0
-    assert run.tokens == {name: alone(tokens, 40) for name, tokens in prompts.items()}
-    assert_no_leak(run.engine)
+    crowded(Run(engine(num_blocks=40, token_budget=32)))
 
 
 def test_a_long_prompt_does_not_stall_decodes() -> None:

@@ -2,10 +2,8 @@
 
 import pytest
 
-from cluster.messages import Handoff
-from tests.workers.engine_run import Run, alone, assert_no_leak, engine, prompt, sequence
+from tests.workers.engine_run import Run, alone, assert_no_leak, crowded, engine, handed_over, prompt, sequence
 from tests.workers.sim_pipelines import Early, Late
-from workers.engine import Engine
 
 Kind = type[Late]
 
@@ -100,13 +98,7 @@ def test_nobody_waits_for_long_while_others_come_and_go(depth: int) -> None:
 @pytest.mark.parametrize("depth", [2, 3])
 def test_preemption_spares_what_is_in_flight_and_changes_no_token(kind: Kind, depth: int) -> None:
     run, _ = pipeline(kind, depth, num_blocks=40, token_budget=32)
-    prompts = {f"s{i}": prompt(20 + i, seed=i) for i in range(8)}
-    for name, tokens in prompts.items():
-        run.add(sequence(name, tokens, new=40))
-    run.finish_all()
-    assert run.engine.scheduler.preemptions > 0
-    assert run.tokens == {name: alone(tokens, 40) for name, tokens in prompts.items()}
-    assert_no_leak(run.engine)
+    crowded(run)
 
 
 @pytest.mark.parametrize("how", ["aborted", "expired"])
@@ -180,21 +172,6 @@ def test_abort_at_any_step_frees_everything(steps: int, depth: int) -> None:
 
 
 def test_a_handoff_joins_while_steps_are_in_flight() -> None:
-    source = Late(32, 1)
-    filled = Engine(source, token_budget=64, max_sequences=1, max_context=64)
-    known = sequence("known", prompt(10), new=1, transfer_id="known")
-    filled.add(known)
-    (send,) = filled.step(0.0).sends
     run, _ = pipeline(Late, 2)
     decoding(run, 4, new=30)
-    arriving = sequence("d", prompt(10), new=9, handoff=Handoff("store", 1, "known"))
-    run.engine.add(arriving)
-    while not run.receives:
-        run.step()
-    for position, block in send.blocks:
-        run.engine.runner.block(arriving.block_table[position])[:] = source.block(block)
-    run.step()
-    run.engine.received(arriving, len(send.blocks), send.first_token)
-    run.finish_all()
-    assert run.tokens["d"] == alone(prompt(10), 9)
-    assert_no_leak(run.engine)
+    handed_over(run, Late(32, 1))

@@ -4,10 +4,8 @@ import dataclasses
 
 import pytest
 
-from cluster.messages import Handoff
-from tests.workers.engine_run import Run, alone, assert_no_leak, engine, prompt, sequence
+from tests.workers.engine_run import Run, alone, assert_no_leak, crowded, engine, handed_over, prompt, sequence
 from tests.workers.sim_pipelines import Late, written
-from workers.engine import Engine
 from workers.runner import Chunk
 from workers.sequence import Sequence, State
 
@@ -94,13 +92,7 @@ def test_a_stop_token_ends_a_sequence_whose_next_row_is_in_flight() -> None:
 
 def test_preemption_changes_no_token() -> None:
     run, _ = ahead(num_blocks=40, token_budget=32)
-    prompts = {f"s{i}": prompt(20 + i, seed=i) for i in range(8)}
-    for name, tokens in prompts.items():
-        run.add(sequence(name, tokens, new=40))
-    run.finish_all()
-    assert run.engine.scheduler.preemptions > 0
-    assert run.tokens == {name: alone(tokens, 40) for name, tokens in prompts.items()}
-    assert_no_leak(run.engine)
+    crowded(run)
 
 
 @pytest.mark.parametrize("steps", range(9))
@@ -156,25 +148,11 @@ def test_a_prefill_for_somebody_else_ends_with_its_token() -> None:
 
 
 def test_a_handoff_joins_while_steps_are_in_flight() -> None:
-    source = Late(32, 1)
-    filled = Engine(source, token_budget=64, max_sequences=1, max_context=64)
-    filled.add(sequence("known", prompt(10), new=1, transfer_id="known"))
-    (send,) = filled.step(0.0).sends
     run, _ = ahead()
     for index in range(3):
         run.engine.add(sequence(f"s{index}", prompt(5, seed=index), 30))
     run.step()
-    arriving = sequence("d", prompt(10), new=9, handoff=Handoff("store", 1, "known"))
-    run.engine.add(arriving)
-    while not run.receives:
-        run.step()
-    for position, block in send.blocks:
-        run.engine.runner.block(arriving.block_table[position])[:] = source.block(block)
-    run.step()
-    run.engine.received(arriving, len(send.blocks), send.first_token)
-    run.finish_all()
-    assert run.tokens["d"] == alone(prompt(10), 9)
-    assert_no_leak(run.engine)
+    handed_over(run, Late(32, 1))
 
 
 def test_what_stores_are_given_is_complete() -> None:

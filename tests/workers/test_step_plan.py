@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster.codec import decode, encode
 from cluster.errors import ProtocolError
 from cluster.messages import Sampling
-from tests.workers.engine_run import BLOCK, VOCAB, Run, Unimpressed, alone, assert_no_leak, prompt, sequence
+from tests.workers.engine_run import BLOCK, VOCAB, Run, Unimpressed, alone, assert_no_leak, crowded, prompt, sequence
 from workers.engine import Engine
 from workers.runner import Chunk
 from workers.sim import SimRunner, sim_layout
@@ -110,13 +110,8 @@ def test_the_mirror_has_what_rank_0_has(depth: int, num_blocks: int, events: lis
 
 def test_a_preempted_sequence_is_admitted_again_and_computes_the_same() -> None:
     run, runner = mirrored(num_blocks=40, depth=2)
-    prompts = {f"s{i}": prompt(20 + i, seed=i) for i in range(8)}
-    for name, tokens in prompts.items():
-        run.add(sequence(name, tokens, new=40))
-    run.finish_all()
-    assert run.engine.scheduler.preemptions > 0
-    assert len(runner.admissions) > len(prompts)
-    assert run.tokens == {name: alone(tokens, 40) for name, tokens in prompts.items()}
+    crowded(run)
+    assert len(runner.admissions) > len(run.tokens)
 
 
 def test_a_decoding_sequence_costs_its_new_token_and_few_numbers() -> None:
