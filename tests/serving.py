@@ -168,7 +168,7 @@ def environment(mark: str, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(*arguments: str, **more: str) -> Iterator[Served]:
+def serving(*arguments: str, start_s: float = START_S, **more: str) -> Iterator[Served]:
     """A deployment on a free port, up on entry, stopped by SIGINT on exit with nothing left."""
     mark = uuid.uuid4().hex
     with tempfile.NamedTemporaryFile("w+b", prefix="tandem-test-", suffix=".log") as output:
@@ -181,20 +181,20 @@ def serving(*arguments: str, **more: str) -> Iterator[Served]:
             start_new_session=True,
         )
         try:
-            url = _await_banner(process, output)
+            url = _await_banner(process, output, start_s)
             yield Served(url, process, mark, Path(output.name), time.monotonic() - start)
         finally:
             _stop(process, mark)
 
 
-def _await_banner(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
+def _await_banner(process: subprocess.Popen[bytes], output: IO[bytes], start_s: float) -> str:
     path = Path(output.name)
 
     def ready() -> bool:
         assert process.poll() is None, f"tandem serve ended with {process.returncode}:\n{path.read_text()}"
         return "curl http" in path.read_text()
 
-    wait_until(ready, START_S, path.read_text)
+    wait_until(ready, start_s, path.read_text)
     match = re.search(r"curl (http://[\d.:]+)/v1", path.read_text())
     assert match
     return match[1]

@@ -1,8 +1,8 @@
 """The dashboard in a real browser: of a real deployment with simulated models, and of a made-up one with 64 workers.
 
-Sixty-four processes are too many for two cores, so there the browser is given what `router.dashboard_data` makes of
-as many; page, polling and drawing are the real ones. Needs Debian's chromium. `SCREENSHOT=docs/dashboard.png` keeps the
-picture that the README shows.
+Sixty-four processes take minutes on two cores, so there the browser is given what `router.dashboard_data` makes of as
+many; page, polling and drawing are the real ones. `DASHBOARD_WORKERS=64` has as many real ones. Needs Debian's
+chromium. `SCREENSHOT=docs/dashboard.png` keeps the picture that the README shows.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from tests.e2e.policies import WANTED
 from tests.router.conftest import model_directory
 from tests.router.dashboards import answer
 from tests.router.harness import Api
-from tests.serving import Served, serving, wait_until
+from tests.serving import Served, command, environment, serving, wait_until
 
 __all__ = ["model_directory"]
 
@@ -198,6 +200,31 @@ def test_sixty_four_workers(browser: Browser, served: Served, size: str, scheme:
         assert overflow(page) <= 0
         dark = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
         assert (dark == "rgb(18, 20, 24)") == (scheme == "dark")
+
+
+@pytest.mark.skipif("DASHBOARD_WORKERS" not in os.environ, reason="DASHBOARD_WORKERS=64: as many processes, minutes")
+@pytest.mark.timeout(900)
+def test_many_real_workers(browser: Browser, tiny: Path, record_property: Callable[[str, object], None]) -> None:
+    """One of them changes its role while all have work."""
+    pool = int(os.environ["DASHBOARD_WORKERS"]) // 2
+    pools = ("--prefill", str(pool), "--decode", str(pool), "--placement", "least_loaded")
+    settings = {"TANDEM_SIM_MS": "50,0.1,0", "TANDEM_THREADS": "1", "TANDEM_MAX_SEQUENCES": "8"}
+    with (
+        serving(str(tiny), "--runner", "sim", *pools, start_s=600, **settings) as many,
+        ThreadPoolExecutor(pool) as users,
+        opened(browser, many.url) as page,
+    ):
+        answers = [users.submit(many.complete, [10 + index] * 100, 200) for index in range(2 * pool)]
+        assert sorted(tiles(page).values()) == ["decode"] * pool + ["prefill"] * pool
+        assert overflow(page) <= 0
+        subprocess.run(
+            command("roles", "prefill-0=both", "--url", many.url), env=environment(many.mark), timeout=60, check=True
+        )
+        begun = time.monotonic()
+        page.wait_for_selector("#pool-both .tile", timeout=1000 * WITHIN_S)
+        record_property("seconds until the page showed it", time.monotonic() - begun)
+        assert {len(answer.result().tokens) for answer in answers} == {200}
+        many.assert_no_leaks()
 
 
 def test_everything_has_a_name(browser: Browser, served: Served) -> None:
