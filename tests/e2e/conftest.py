@@ -1,4 +1,4 @@
-"""Deployments shared by the end-to-end tests: each is a real `tandem serve`, started when first asked for."""
+"""The deployment that several end-to-end tests share: a real `tandem serve`, started when first asked for."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,21 +6,6 @@ from pathlib import Path
 import pytest
 
 from tests.serving import Served, serving
-
-
-@pytest.fixture(scope="package")
-def disaggregated(smollm2: Path) -> Iterator[Served]:
-    """SmolLM2 in fp32, one prefill and one decode worker. Every prompt is handed over: by time, those of a few tokens
-    would be computed where they are decoded."""
-    with serving(str(smollm2), "--dtype", "float32", "--placement", "least_loaded") as served:
-        yield served
-
-
-@pytest.fixture(scope="package")
-def aggregated(smollm2: Path) -> Iterator[Served]:
-    """SmolLM2 in fp32, one worker that does both."""
-    with serving(str(smollm2), "--dtype", "float32", "--prefill", "0") as served:
-        yield served
 
 
 @pytest.fixture(scope="module")

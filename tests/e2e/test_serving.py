@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import openai
 import psutil
 import pytest
 
@@ -31,70 +30,6 @@ from tests.serving import (
 
 BOTH = ("prefill-0", "decode-0")
 TOKEN_BYTES = 46_080  # SmolLM2 in fp32: 30 layers x 2 x 3 heads x 64 x 4 bytes
-
-
-def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", timeout=60)
-
-
-def model_name(served: Served) -> str:
-    return client(served).models.list().data[0].id
-
-
-# ----------------------------------------------------------------------------------------------------- real model
-def test_the_capital_of_france(disaggregated: Served) -> None:
-    stream = client(disaggregated).chat.completions.create(
-        model=model_name(disaggregated),
-        messages=[{"role": "user", "content": "What is the capital of France?"}],
-        temperature=0,
-        stream=True,
-    )
-    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-    assert len(pieces) > 3
-    assert "Paris" in "".join(pieces)
-
-
-@pytest.mark.parametrize("length", [5, 32, 47])
-def test_every_kv_byte_moves_through_the_store(disaggregated: Served, length: int) -> None:
-    prompt = [random.randrange(1000, 40_000) for _ in range(length)]
-    before = disaggregated.metric("tandem_handoff_bytes_total")
-    assert disaggregated.complete(prompt, 4, ignore_eos=True).usage["prompt_tokens"] == length
-    moved = lambda: disaggregated.metric("tandem_handoff_bytes_total") - before  # noqa: E731
-    wait_until(lambda: moved() == length * TOKEN_BYTES, 10, lambda: f"{moved() / TOKEN_BYTES} of {length} tokens")
-
-
-def test_prefill_and_decode_are_different_processes(disaggregated: Served) -> None:
-    workers = {w["role"]: w["pid"] for w in disaggregated.status()["workers"]}
-    assert workers.keys() == {"prefill", "decode"}
-    assert len(set(workers.values()) | {disaggregated.process.pid}) == 3
-    for pid in workers.values():
-        os.kill(pid, 0)
-
-
-def test_a_repeated_prompt_is_reported_as_cached(disaggregated: Served) -> None:
-    prompt = [random.randrange(1000, 40_000) for _ in range(50)]
-    first, again = (disaggregated.complete(prompt, 4, ignore_eos=True) for _ in range(2))
-    assert first.usage["prompt_tokens_details"]["cached_tokens"] == 0
-    assert again.usage["prompt_tokens_details"]["cached_tokens"] == 48
-    assert again.tokens == first.tokens
-
-
-def test_a_seed_gives_the_same_text_in_both_modes(disaggregated: Served, aggregated: Served) -> None:
-    ask = {"ignore_eos": True, "temperature": 1.0, "top_p": 0.9, "seed": 7}
-    texts = [
-        served.complete("Once upon a time", 24, **ask).text for served in (disaggregated, aggregated, disaggregated)
-    ]
-    assert len(set(texts)) == 1
-    assert disaggregated.complete("Once upon a time", 24, **{**ask, "seed": 8}).text != texts[0]
-
-
-def test_stop_strings_end_the_text_before_them(disaggregated: Served) -> None:
-    whole = disaggregated.complete("Count: 1, 2, 3, 4,", 32, ignore_eos=True).text
-    stop = whole[10:13]
-    for stream in (False, True):
-        cut = disaggregated.complete("Count: 1, 2, 3, 4,", 32, stream, ignore_eos=True, stop=stop)
-        assert (cut.text, cut.finish) == (whole[: whole.index(stop)], "stop")
-    disaggregated.assert_no_leaks()
 
 
 # ------------------------------------------------------------------------------------------------------- tiny model

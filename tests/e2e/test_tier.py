@@ -63,42 +63,6 @@ def connected(served: Served, worker: str) -> bool:
     return any(w["id"] == worker and w["connected"] for w in served.status()["workers"])
 
 
-def test_the_next_turn_hits_what_decode_produced(disaggregated: Served, smollm2: Path) -> None:
-    """Turn 1 is prefilled by one worker and decoded by the other; turn 2 is prefilled by the first, which never had
-    the decoded blocks."""
-    prompt = prompt_of(50, seed=2)
-    before = disaggregated.metric("tandem_offloaded_blocks_total")
-    first = disaggregated.complete(prompt, 100, ignore_eos=True)
-    history = prompt + first.tokens
-    full = (len(history) - 1) // BLOCK  # the last token's KV was never computed
-    question = prompt_of(20, seed=3)
-    written = lambda: disaggregated.metric("tandem_offloaded_blocks_total") - before  # noqa: E731
-    # the prompt's full blocks are in the store since the handoff
-    wait_until(lambda: written() >= full - len(prompt) // BLOCK, 20, lambda: str(disaggregated.metrics()))
-    second = disaggregated.complete(history + question, 16, ignore_eos=True)
-    assert cached(second.usage) == full * BLOCK
-    assert cached(second.usage) > len(prompt)
-    assert second.tokens == greedy(smollm2, tuple(history + question), 16)
-    disaggregated.assert_no_leaks()
-
-
-def test_a_chat_hits_its_own_history(disaggregated: Served) -> None:
-    def ask(messages: list[dict[str, str]]) -> dict[str, Any]:
-        body = {"messages": messages, "temperature": 0, "max_tokens": 120}
-        response = disaggregated.post("/v1/chat/completions", body)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    messages = [
-        {"role": "user", "content": "Tell me a short story about a lighthouse keeper and her small brass lamp."}
-    ]
-    turn = ask(messages)
-    messages.append(turn["choices"][0]["message"])
-    reached = turn["usage"]["total_tokens"]
-    messages.append({"role": "user", "content": "What happened next?"})
-    wait_until(lambda: cached(ask(messages)["usage"]) >= (reached - 1) // BLOCK * BLOCK - BLOCK, 20)
-
-
 @pytest.mark.timeout(300)
 def test_a_restart_of_everything_finds_its_blocks_on_disk(tiny: Path, tmp_path: Path) -> None:
     prompt = prompt_of(1000, seed=4, low=10, high=400)
