@@ -178,12 +178,13 @@ def test_every_metric_moves_in_its_scenario(tiny: Path, tmp_path: Path) -> None:
 
 
 def requests(watch: Watch, clients: Clients) -> None:
-    with watch.scenario("served", "written"):
+    with watch.scenario("served", "written") as moved:
         assert clients.ask(480, 40, seed=1) == clients.ask(480, 40, seed=1) == clients.ask(20, 2, seed=2) == 200
         clients.leave()
         clients.until("tandem_requests_total", 1, outcome="cancelled")
         clients.until("tandem_store_disk_blocks", 30)
         clients.until("tandem_offloaded_blocks_total", 1)
+        moved()
     with watch.scenario("waiting") as moved, clients.asking(40, 1_000, 2) as answers:
         moved()
         wait_until(lambda: len(answers) == 2, SETTLE_S)
