@@ -31,17 +31,17 @@ def computed(served: Served) -> float:
     return served.metric("tandem_prompt_tokens_total")
 
 
-def prompt_of(length: int, seed: int, low: int = 1000, high: int = 40_000) -> list[int]:
+def prompt_of(length: int, seed: int, low: int = 10, high: int = 400) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(low, high) for _ in range(length)]
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_workers_blocks_are_used_by_another(smollm2: Path) -> None:
+def test_a_killed_workers_blocks_are_used_by_another(tiny: Path) -> None:
     prompt = prompt_of(2007, seed=1)
     # the default would have the decode worker, which has all of it, compute the prompt's end
     flags = ("--dtype", "float32", "--prefill", "2", "--placement", "least_loaded")
-    with serving(str(smollm2), *flags) as served:
+    with serving(str(tiny), *flags) as served:
         before = computed(served)
         first = served.complete(prompt, 16, ignore_eos=True)
         assert cached(first.usage) == 0
@@ -56,7 +56,7 @@ def test_a_killed_workers_blocks_are_used_by_another(smollm2: Path) -> None:
         assert computed(served) - before == len(prompt) % BLOCK
         assert fetched(served, "memory") == len(prompt) // BLOCK * BLOCK
         served.assert_no_leaks()
-    assert first.tokens == greedy(smollm2, tuple(prompt), 16)
+    assert first.tokens == greedy(tiny, tuple(prompt), 16)
 
 
 def connected(served: Served, worker: str) -> bool:
@@ -65,7 +65,7 @@ def connected(served: Served, worker: str) -> bool:
 
 @pytest.mark.timeout(300)
 def test_a_restart_of_everything_finds_its_blocks_on_disk(tiny: Path, tmp_path: Path) -> None:
-    prompt = prompt_of(1000, seed=4, low=10, high=400)
+    prompt = prompt_of(1000, seed=4)
     disk = {"TANDEM_DISK": str(tmp_path / "tier"), "TANDEM_DISK_MEMORY": str(64 * 2**20)}
     with serving(str(tiny), "--dtype", "float32", **disk) as served:
         first = served.complete(prompt, 16, ignore_eos=True)
@@ -85,8 +85,8 @@ def test_a_restart_of_everything_finds_its_blocks_on_disk(tiny: Path, tmp_path: 
 
 def test_one_tenants_blocks_are_no_hit_for_another(small: Served, tiny: Path) -> None:
     """The same prompt under two salts: nothing is shared, and a miss costs the same work whether the other has it."""
-    prompt = prompt_of(400, seed=5, low=10, high=400)
-    fresh = prompt_of(400, seed=6, low=10, high=400)
+    prompt = prompt_of(400, seed=5)
+    fresh = prompt_of(400, seed=6)
 
     def work(tokens: list[int], salt: str) -> tuple[int, float, float, float]:
         names = [f"tandem_{n}_total" for n in ("prompt_tokens", "fetched_tokens", "fetch_failures")]
@@ -102,7 +102,7 @@ def test_one_tenants_blocks_are_no_hit_for_another(small: Served, tiny: Path) ->
 
 
 def test_operators_list_drop_and_count_blocks(small: Served) -> None:
-    prompt = prompt_of(64, seed=7, low=10, high=400)
+    prompt = prompt_of(64, seed=7)
     small.complete(prompt, 2, ignore_eos=True)
     small.assert_no_leaks()  # nobody uses a block any more, so all can be dropped
     listed = httpx.get(f"{small.url}/kv/blocks", params={"limit": 4096}, timeout=10).json()
