@@ -54,6 +54,7 @@ def elastic_ray(
         config = Path(folder) / "autoscaling.json"
         config.write_text(json.dumps(autoscaling(most_nodes, made.address, head_cpus, node_types or SHARDS)))
         fake = {
+            "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
