@@ -70,7 +70,6 @@ def test_it_joins_the_cluster_that_ray_address_names(cluster: tuple[str, str], t
     assert "use threads 1 or --decode-tp 1 to 2" in refused.stderr
 
 
-def run(arguments: list[str], settings: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, env=environment(uuid.uuid4().hex, **settings), capture_output=True, text=True, timeout=60
-    )
+def run(arguments: list[str], settings: dict[str, str], timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    mark = uuid.uuid4().hex
+    return subprocess.run(arguments, env=environment(mark, **settings), capture_output=True, text=True, timeout=timeout)
