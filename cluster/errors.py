@@ -15,6 +15,7 @@ tells the user what to do next.
     ├── Unavailable 503              no worker can serve this now; retry
     │   ├── WorkerLost               a worker's stream broke or went silent (dispatch re-places the request)
     │   ├── Moved                    a worker gave a request up so that another goes on with it (dispatch does so)
+    │   ├── Leaving                  a worker takes nothing more because it is about to end (dispatch finds another)
     │   └── DeadlineExceeded 504     a leg outlived its deadline
     ├── StoreError 503               the block store said no; callers recompute, so no client ever sees one
     │   ├── NoSpace                  the arena cannot hold the whole handoff
@@ -95,6 +96,10 @@ class WorkerLost(Unavailable):
 
 class Moved(Unavailable):
     code = "moved"
+
+
+class Leaving(Unavailable):
+    code = "leaving"
 
 
 class DeadlineExceeded(Unavailable):

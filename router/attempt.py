@@ -85,7 +85,7 @@ class Attempt:
             if not outcome.retriable:
                 raise outcome
             log.warning("prefill worker %s failed %s: %s", prefill, request.id, outcome.message)
-            self._progress.failed.add(prefill)
+            self._progress.failed_by(prefill, outcome)
             decision = self._place()
         if self._fleet.table.row(decision.route.decode) is None:  # it left while this waited
             decision = self._place()
@@ -234,7 +234,7 @@ class Attempt:
         if leg is self._decode:
             self._failure = error
             if not isinstance(error, Moved):
-                self._progress.failed.add(leg.link.info.id)
+                self._progress.failed_by(leg.link.info.id, error)
         elif leg is self._prefill:
             self._prefill_pending = False
             if not error.retriable:

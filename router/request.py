@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from cluster.errors import Leaving, TandemError
 from cluster.messages import FinishReason, Sampling
 from cluster.telemetry import INVALID_SPAN, Span
 from router.expectations import OutputLength
@@ -50,6 +51,12 @@ class Progress:
     tokens: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     failed: set[str] = field(default_factory=set)  # ids of workers that failed this request
+    left_s: float | None = None  # when the first of them said that it is about to leave, monotonic
+
+    def failed_by(self, worker_id: str, error: TandemError) -> None:
+        self.failed.add(worker_id)
+        if isinstance(error, Leaving) and self.left_s is None:
+            self.left_s = time.monotonic()
 
     @property
     def remaining_s(self) -> float:

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 from cluster.config import Config
-from cluster.errors import InvalidRequest, Overloaded, TandemError, Unavailable
+from cluster.errors import InvalidRequest, Leaving, Overloaded, TandemError, Unavailable
 from cluster.identity import Identity
 from cluster.messages import (
     Abort,
@@ -225,7 +225,7 @@ class Worker:
 
     async def _accept(self, message: Submit) -> Handoff | None:
         if self._registration.withdrawn:
-            raise Unavailable("this worker is about to leave; ask another one")
+            raise Leaving("this worker is about to leave and no other is there yet; try again in a moment")
         key, waiting = self._streams.key(message.router_id), self._streams.load.waiting
         if key is None:
             raise Unavailable("open the output stream before submitting")

@@ -23,6 +23,8 @@ class Bench:
     workers: dict[str, FakeWorker]
     fleet: Fleet
     dispatcher: Dispatcher
+    membership: StaticMembership
+    transfers: Transfers
     deltas: list[Delta] = field(default_factory=list)
 
     @property
@@ -39,6 +41,12 @@ class Bench:
             async for delta in deltas:
                 self.deltas.append(delta)
         return self.tokens
+
+    async def join(self, worker_id: str, role: Role) -> FakeWorker:
+        """One more worker, of which the router does not know yet."""
+        self.workers[worker_id] = made = await FakeWorker(worker_id, role, self.transfers).start()
+        self.membership.workers.append(made.info)
+        return made
 
     async def quiet(self) -> None:
         """Every abort has been sent and no worker runs anything."""
@@ -61,7 +69,7 @@ async def bench(roles: str, request_timeout_s: float = 30.0, worker_timeout_s: f
     dispatcher = Dispatcher(fleet, request_timeout_s)
     try:
         await eventually(lambda: len(fleet.snapshot()) == len(workers))
-        yield Bench(workers, fleet, dispatcher)
+        yield Bench(workers, fleet, dispatcher, membership, transfers)
         await dispatcher.close()
     finally:
         await fleet.close()

@@ -77,6 +77,7 @@ class FakeWorker:
 
     def reset(self) -> None:
         self.refuse: Refused | None = None  # answer to every Submit
+        self.refused = 0
         self.fail: tuple[str, str] | None = None  # every job ends in JobFailed(code, message) where it would start
         self.accept = asyncio.Event()  # cleared: Submit does not answer
         self.accept.set()
@@ -120,6 +121,7 @@ class FakeWorker:
     async def _submit(self, message: Submit, _: Any) -> Accepted | Refused:
         await self.accept.wait()
         if self.refuse:
+            self.refused += 1
             return self.refuse
         self.jobs.append(message.job)
         generation = message.job.generation

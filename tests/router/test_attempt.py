@@ -4,7 +4,16 @@ import asyncio
 
 import pytest
 
-from cluster.errors import DeadlineExceeded, InvalidRequest, Moved, Overloaded, TandemError, Unavailable, WorkerLost
+from cluster.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Leaving,
+    Moved,
+    Overloaded,
+    TandemError,
+    Unavailable,
+    WorkerLost,
+)
 from cluster.messages import DecodeJob, Refused
 from router.dispatch import ATTEMPTS, MOVES
 from tests.router.bench import PROMPT, Bench, run
@@ -203,6 +212,36 @@ def test_moves_are_bounded() -> None:
         with pytest.raises(Moved):
             await b.serve()
         assert len(b.workers["d1"].jobs) == MOVES
+
+    run("d", test)
+
+
+@pytest.mark.parametrize("roles", ["pd", "d", "b"])
+def test_who_takes_the_place_of_workers_that_leave_is_waited_for(roles: str) -> None:
+    """A rolling restart: the new worker is up before the old ones go, and the router hears of it last."""
+
+    async def test(b: Bench) -> None:
+        for worker in b.workers.values():
+            worker.refuse = Refused("leaving", "about to leave")
+        serving = asyncio.create_task(b.serve())
+        await eventually(lambda: all(worker.refused for worker in b.workers.values()))
+        assert not serving.done()
+        new = await b.join("d9", "decode")
+        assert await serving == tokens_for(PROMPT, 8)
+        assert isinstance(new.jobs[-1], DecodeJob)
+        await b.quiet()
+
+    run(roles, test)
+
+
+def test_it_is_not_waited_for_longer_than_it_takes_to_hear_of_somebody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.dispatch.OTHERS_S", 0.5)
+
+    async def test(b: Bench) -> None:
+        b.workers["d1"].refuse = Refused("leaving", "about to leave")
+        with pytest.raises(Leaving):
+            await b.serve()
+        assert b.workers["d1"].refused == 1
 
     run("d", test)
 

@@ -179,7 +179,7 @@ def test_a_worker_that_drains_finishes_what_it_has_and_takes_nothing_new(
         for job in (DecodeJob(generation("d2")), PrefillJob(generation("p2"))):
             answer = await client.call("Submit", Submit("router", job), 5)
             assert isinstance(answer, Refused)
-            assert answer.code == "service_unavailable"
+            assert answer.code == "leaving"
         await until(lambda: registered(redis.url, []))
         assert await running == expected(PROMPT, 100)
         assert await registered(redis.url, []), "it does not come back"
