@@ -37,9 +37,9 @@ EVERY = "2s"  # above the second that a page may take when Redis has just been l
 WINDOW = "20s"
 FIRES_S = 60.0
 SETTINGS = {
-    "TANDEM_SIM_MS": "10,0.2,0.004",  # a step over much context is slow
+    "TANDEM_SIM_MS": "10,0.2,0.01",  # a step over much context is slow
     "TANDEM_THREADS": "1", "TANDEM_MAX_SEQUENCES": "32", "TANDEM_MAX_QUEUE": "8", "TANDEM_TTFT_SLO": "0.5",
-    "TANDEM_ITL_SLO": "0.06", "TANDEM_STORE_MEMORY": str(2**20),
+    "TANDEM_ITL_SLO": "0.1", "TANDEM_STORE_MEMORY": str(2**20),
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(PROMETHEUS is None, reason="there is no prometheus here; apt-get install prometheus")
@@ -172,9 +172,8 @@ def test_every_alert_fires_when_it_is_caused(tiny: Path, tmp_path: Path) -> None
             alerts.await_firing(*names)
             seen.update(names)
 
-        with traffic(served, users=1, length=50, new=4):
-            wait_until(lambda: alerts.scrapes() >= 5, 60)
-            assert alerts.firing() == set()
+        with traffic(served, users=1, length=50, new=60):  # so many that handoffs are a small part of the gaps
+            wait_until(lambda: alerts.scrapes() >= 5 and not alerts.firing(), FIRES_S, lambda: f"{alerts.firing()}")
         too_much(served, caused)
         panels_have_something_to_show(alerts)
         dead_workers(served, caused, alerts)
@@ -207,8 +206,9 @@ def panels_have_something_to_show(alerts: Alerts) -> None:
 
 
 def dead_workers(served: Served, caused: Any, alerts: Alerts) -> None:
-    alerts.assert_quiet("TandemHandoffFailures", "TandemNoWorkers", "TandemErrors")
-    alerts.await_quiet("TandemRefusing", "TandemPreempting")  # then there are few other handoffs in the window
+    alerts.assert_quiet("TandemNoWorkers", "TandemErrors")
+    # until there are few other handoffs in the window; and who leaves in the middle of one lets it fail
+    alerts.await_quiet("TandemRefusing", "TandemPreempting", "TandemHandoffFailures")
     before = served.metric("tandem_handoffs_total")
     with traffic(served, users=4, length=1_500, new=2):  # so many that some prompt is always being computed
         wait_until(lambda: served.metric("tandem_handoffs_total") > before, FIRES_S)
