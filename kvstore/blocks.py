@@ -39,8 +39,8 @@ class BlockPool:
         self._references = [0] * num_blocks  # block id -> sequences and transfers that use it
         self._hash: list[bytes | None] = [None] * num_blocks  # block id -> what it can be found by
         self._by_hash: dict[bytes, int] = {}  # hash -> block id; the inverse of the list above
-        self._name: list[Name | None] = [None] * num_blocks  # block id -> what a store would be told of it
-        self._offered = [False] * num_blocks  # block id -> a store has it, or was asked to take it
+        self._names: dict[int, Name] = {}  # block id -> what a store would be told of it
+        self._offered: set[int] = set()  # block ids of those that a store has, or was asked to take
         self._blank = deque(range(num_blocks))  # unreferenced, nothing worth keeping in them
         self._cached = Recency(num_blocks)  # unreferenced and hit-able, least recently used first
         self._unoffered: OrderedDict[int, None] = OrderedDict()  # those of them that no store was offered, same order
@@ -86,7 +86,7 @@ class BlockPool:
         if count > self.free_count:
             return None
         blank, references = self._blank, self._references
-        blocks = [blank.popleft() for _ in range(min(count, len(blank)))]
+        blocks = [blank.popleft() for _ in range(min(count, len(blank)))] if blank else []
         if len(blocks) < count:
             blocks += self._evict(count - len(blocks))
         for block in blocks:
@@ -107,7 +107,7 @@ class BlockPool:
         """Drop one reference on each, tail first: a block is useless without those before it, so it goes sooner.
 
         `oldest`: blocks that were the least recently used when they were retained are so again."""
-        references, hashes, names = self._references, self._hash, self._name
+        references, hashes, names = self._references, self._hash, self._names
         cached: list[int] = []
         for block in reversed(block_ids):
             left = references[block] - 1
@@ -119,7 +119,7 @@ class BlockPool:
                 self._blank.append(block)
                 continue
             cached.append(block)
-            if names[block] is not None and not self._offered[block]:
+            if names and block in names and block not in self._offered:
                 self._unoffered[block] = None
                 if oldest:
                     self._unoffered.move_to_end(block, last=False)
@@ -131,8 +131,8 @@ class BlockPool:
     def register(self, block_id: int, key: BlockKey, tenant: str, exact: bool = True) -> None:
         """A referenced block is full and can be hit by its hash, unless another block has that hash already."""
         self.register_all((block_id,), (key.hash,))
-        if self._name[block_id] is None and self._by_hash.get(key.hash) == block_id:
-            self._name[block_id] = Name(key, tenant, exact)
+        if block_id not in self._names and self._by_hash.get(key.hash) == block_id:
+            self._names[block_id] = Name(key, tenant, exact)
 
     def register_all(self, block_ids: Iterable[int], hashes: Iterable[bytes]) -> None:
         """The same for many, of which nobody knows more than the hashes: no store is ever offered them."""
@@ -143,17 +143,17 @@ class BlockPool:
             if known[block] is None and by_hash.setdefault(name, block) == block:
                 known[block] = name
                 new.append(name)
-        if new and self._changes is not None:
-            self._changes.append((new, True))
+        if new:
+            self._tell(new, True)
 
     # ------------------------------------------------------------------------------------------------------- stores
     def offer(self, block_ids: Iterable[int]) -> list[tuple[int, Name]]:
         """Those of the blocks that have a name and were not offered to a store before; from now on they were."""
         new = []
         for block in block_ids:
-            name = self._name[block]
-            if name is not None and not self._offered[block]:
-                self._offered[block] = True
+            name = self._names.get(block)
+            if name is not None and block not in self._offered:
+                self._offered.add(block)
                 self._unoffered.pop(block, None)
                 new.append((block, name))
         return new
@@ -164,26 +164,34 @@ class BlockPool:
 
     def reset_offers(self) -> None:
         """The store has lost what it had."""
-        self._offered = [False] * self.total
-        self._unoffered = OrderedDict((block, None) for block in self._cached if self._name[block] is not None)
+        self._offered.clear()
+        self._unoffered = OrderedDict((block, None) for block in self._cached if block in self._names)
 
     # -------------------------------------------------------------------------------------------------------- rules
     def _evict(self, count: int) -> list[int]:
         """So many of the least recently used cached blocks, without their names."""
-        hashes, names, by_hash = self._hash, self._name, self._by_hash
+        hashes, by_hash = self._hash, self._by_hash
         blocks = self._cached.take(count)
         lost = [name for block in blocks if (name := hashes[block]) is not None]
-        for name in lost:
-            del by_hash[name]
-        for block in blocks:
+        for block, name in zip(blocks, lost, strict=True):
             hashes[block] = None
-            if names[block] is not None:
-                names[block] = None
-                self._offered[block] = False
+            del by_hash[name]
+        if self._names:
+            for block in blocks:
+                self._names.pop(block, None)
+                self._offered.discard(block)
                 self._unoffered.pop(block, None)
-        if self._changes is not None:
-            self._changes.append((lost, False))
+        self._tell(lost, False)
         return blocks
+
+    def _tell(self, hashes: list[bytes], there: bool) -> None:
+        changes = self._changes
+        if changes is None:
+            return
+        if changes and changes[-1][1] is there:
+            changes[-1][0].extend(hashes)
+        else:
+            changes.append((hashes, there))
 
     def check(self) -> None:
         """Raise AssertionError unless every block is in exactly one place and the two hash maps are inverse."""
@@ -196,6 +204,6 @@ class BlockPool:
         assert {name: block for block, name in enumerate(self._hash) if name is not None} == self._by_hash
         assert all(self._hash[block] is not None for block in cached)
         assert all(self._hash[block] is None for block in blank)
-        assert all(n.key.hash == self._hash[block] for block, n in enumerate(self._name) if n is not None)
-        assert list(self._unoffered) == [b for b in self._cached if self._name[b] and not self._offered[b]]
-        assert not any(self._offered[block] for block, name in enumerate(self._name) if name is None)
+        assert all(name.key.hash == self._hash[block] for block, name in self._names.items())
+        assert list(self._unoffered) == [b for b in self._cached if b in self._names and b not in self._offered]
+        assert self._offered <= self._names.keys()

@@ -8,16 +8,18 @@ network, and a copy of what others said, so good for choosing a worker and never
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.hashing import HASH_BYTES
 
-CAPACITY = 1_000_000  # blocks, at about 180 bytes each
+CAPACITY = 1_000_000  # blocks, at about 170 bytes each
 RETIRED = 256  # owners that left before their bits are swept out of the map and their numbers given out again
+FORGET = 256  # a part so small of the capacity is forgotten with what is beyond it
 SWEEP = 256  # blocks that are swept with each change
 MAX_SHARED = 65_536  # masks that are kept to be shared
 
@@ -25,7 +27,7 @@ MAX_SHARED = 65_536  # masks that are kept to be shared
 class PrefixMap:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._masks: OrderedDict[bytes, int] = OrderedDict()  # block -> who has it; least recently used first
+        self._masks: dict[bytes, int] = {}  # block -> who has it; least recently used first
         self._shared: dict[int, int] = {}  # equal masks are one object: there are few, and they compare fast
         self._counts: list[int] = []  # owner -> blocks that it has, as far as they are remembered
         self._live = 0  # mask of the owners that have joined and not left
@@ -54,8 +56,9 @@ class PrefixMap:
         self._retired.append(owner)
         if len(self._retired) > RETIRED and not self._sweeping:
             self._sweeping, self._retired = self._retired, []
-            self._unswept = list(dict.keys(self._masks))  # ten times as fast as in the order of use
-        self._sweep()
+            self._unswept = list(self._masks)
+        if self._sweeping:
+            self._sweep()
 
     def put(self, owner: int, hashes: Iterable[bytes]) -> None:
         bit, live, masks, new = self._bit(owner), self._live, self._masks, 0
@@ -64,7 +67,7 @@ class PrefixMap:
         before: int | None = None  # of the block before: neighbours mostly belong to the same owners
         after, added = alone, 1
         for name in hashes:
-            mask = masks.get(name)
+            mask = masks.pop(name, None)  # to be the last again
             if mask is not before:
                 before = mask
                 if mask is None:
@@ -75,14 +78,11 @@ class PrefixMap:
                     after, added = share(with_it := mask & live | bit, with_it), 1
             masks[name] = after
             new += added
-            if mask is not None:
-                masks.move_to_end(name)
         self._counts[owner] += new
-        while len(masks) > self._capacity:
-            _, mask = masks.popitem(last=False)
-            for loser in _bits(mask & live):
-                self._counts[loser] -= 1
-        self._sweep()
+        if len(masks) > self._capacity:
+            self._forget()
+        if self._sweeping:
+            self._sweep()
 
     def delete(self, owner: int, hashes: Iterable[bytes]) -> None:
         bit, masks, gone = self._bit(owner), self._masks, 0
@@ -100,7 +100,8 @@ class PrefixMap:
             else:
                 del masks[name]
         self._counts[owner] -= gone
-        self._sweep()
+        if self._sweeping:
+            self._sweep()
 
     def count(self, owner: int) -> int:
         """Blocks that the owner has, as far as they are remembered."""
@@ -126,9 +127,18 @@ class PrefixMap:
                 last = mask
             depth += 1
         _record(depths, running, depth)
-        # parents outlive their children; a deque of no length is how to run a map for its effects
-        deque(map(self._masks.move_to_end, reversed(hashes[:depth])), maxlen=0)
+        masks = self._masks
+        if 2 * len(masks) > self._capacity:  # else nothing will be forgotten before it can be used again
+            used = hashes[:depth][::-1]  # parents outlive their children
+            deque(map(masks.__setitem__, used, map(masks.pop, used)), maxlen=0)  # runs the map for its effects
         return depths
+
+    def _forget(self) -> None:
+        """The least recently used, many at once: to find the first one, a dict goes past all that have left before."""
+        masks, live = self._masks, self._live
+        for name in list(islice(masks, len(masks) - self._capacity + self._capacity // FORGET)):
+            for loser in _bits(masks.pop(name) & live):
+                self._counts[loser] -= 1
 
     def _bit(self, owner: int) -> int:
         bit = 1 << owner
@@ -144,8 +154,6 @@ class PrefixMap:
     def _sweep(self) -> None:
         """A little at a time, so that no change ever waits for the whole map. Bits of those who left cannot come back:
         whatever changes a mask leaves them out."""
-        if not self._sweeping:
-            return
         share = self._sharing()
         for name in self._unswept[-SWEEP:]:
             mask = self._masks.get(name, 0)

@@ -8,7 +8,6 @@ Prompts are token ids made from the trace's block ids, so they share exactly the
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from typing import Any
 
@@ -47,7 +46,7 @@ def dispatch(recorder: Recorder, chosen: Options, scenario: str, process: int, p
 def _ask(request: TraceRequest, block_size: int, scenario: str, chosen: Options) -> Ask:
     # each scenario and seed has blocks of its own: else one would find what another has left in the cache
     own = zlib.crc32(f"{chosen.seed}/{scenario}".encode()) << 32
-    named = dataclasses.replace(request, blocks=tuple(own + block for block in request.blocks))
+    named = request._replace(blocks=tuple(own + block for block in request.blocks))
     tokens = prompt(named, block_size, chosen.vocab)
     return Ask(COMPLETIONS, {"prompt": tokens, "max_tokens": request.output_tokens, "temperature": 0})
 

@@ -93,7 +93,7 @@ def _conversations(trace: Trace, open_loop: bool) -> list[list[Turn]]:
     alone: list[list[Turn]] = []
     for turn in enumerate(trace.requests):
         if turn[1].session < 0 or open_loop:
-            alone.append([(turn[0], dataclasses.replace(turn[1], think_s=None))])
+            alone.append([(turn[0], turn[1]._replace(think_s=None))])
         else:
             sessions.setdefault(turn[1].session, []).append(turn)
     return alone + list(sessions.values())

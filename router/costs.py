@@ -19,6 +19,7 @@ Linear in `cluster.messages.Rates` throughout. Which of it counts for whom is fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,15 +119,16 @@ class Costs:
         return (self.table.batch + 1) * self.compute
 
     def handoff(self, prefill: Ints, decode: Ints) -> Floats:
-        """[prefill, decode]: from the workers of those rows to those of these."""
-        table, apart = self.table, prefill[:, None]
-        size = (-(-self._tokens // table.block_size) - self._blocks[decode]) * float(table.block_bytes)
-        step = table.prefill_rates[3][apart] * self._token_bytes
-        near = table.node[apart] == table.node[decode]
-        per_handoff = np.where(near, table.memory_rates[0][decode], table.remote_rates[0][decode])
-        per_byte = np.where(near, table.memory_rates[1][decode], table.remote_rates[1][decode])
-        exposed: Floats = np.maximum(per_byte * np.minimum(size, step), per_byte * size - self.compute[apart])
-        exposed += per_handoff
+        """[prefill, decode]: from the workers of those rows, whose role that is, to those of these, who decode."""
+        table = self.table
+        lacking = -(-self._tokens // table.block_size) - self._blocks[decode]
+        size: Floats = np.multiply(lacking, table.block_bytes, dtype=np.float64)
+        step, compute = table.prefill_rates[3][prefill] * self._token_bytes, self.compute[prefill]
+        exposed = _exposed(size, step[:, None], compute[:, None], [rates[decode] for rates in table.remote_rates])
+        if table.fixed(_neighbours):
+            source, target = (table.node[prefill][:, None] == table.node[decode]).nonzero()
+            rates = [rates[decode[target]] for rates in table.memory_rates]
+            exposed[source, target] = _exposed(size[target], step[source], compute[source], rates)
         self._handoffs = prefill, decode, exposed
         return exposed
 
@@ -170,3 +172,14 @@ def _fetch(rates: Columns, token_bytes: float, tokens: Floats, out: Floats) -> N
     per_fetch, per_byte = rates
     np.multiply(per_byte * token_bytes, tokens, out=out)
     out += per_fetch * (tokens > 0)
+
+
+def _neighbours(table: FleetTable) -> float:
+    """1 where some node has workers of both roles."""
+    return float(np.isin(table.node[table.prefillers], table.node[table.decoders]).any())
+
+
+def _exposed(size: Floats, step: Floats, compute_ms: Floats, rates: Sequence[Floats]) -> Floats:
+    """Milliseconds of a transfer of `size` bytes behind a prefill that is done a step's bytes after the others."""
+    per_handoff, per_byte = rates
+    return per_handoff + np.maximum(per_byte * np.minimum(size, step), per_byte * size - compute_ms)

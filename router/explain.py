@@ -7,7 +7,6 @@ prefixes, so where there are API keys it needs the operator's as well (`x-tandem
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import orjson
@@ -38,7 +37,8 @@ def explanation(decisions: list[Decision]) -> dict[str, str]:
 
 def body(decision: Decision) -> dict[str, Any]:
     """One decision as plain values, ready for JSON."""
-    return dataclasses.asdict(decision) | {
+    return decision._asdict() | {
+        "route": decision.route._asdict(),
         "chosen": decision.chosen and _terms(decision.chosen),
         "runner_up": decision.runner_up and _terms(decision.runner_up),
     }

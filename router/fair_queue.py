@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 OUTPUT_WEIGHT = 2  # what an output token costs against a prompt token, as in the paper
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(NamedTuple):
     """One request in the queue."""
 
     id: str

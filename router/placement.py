@@ -12,8 +12,7 @@ a prefix that is not where it was thought to be is computed.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -29,8 +28,7 @@ RETRY_S = 2.0  # a worker that was lost comes back, or another in its stead
 _RNG = random.Random()
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """What is to be placed."""
 
     tokens: int  # prompt and output so far, at least one
@@ -39,16 +37,14 @@ class Ask:
     explain: bool = True  # the decision says what its route costs, and what the best other one would
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """`prefill` None: the decode worker computes the prompt as well, and no KV moves."""
 
     prefill: str | None
     decode: str
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """A route and why: what it costs, and what the best other one would have."""
 
     route: Route
@@ -97,8 +93,9 @@ def place(
 def _eligible(table: FleetTable, excluded: frozenset[str]) -> tuple[Eligible, int]:
     """Who may serve, and how many those are."""
     prefill, decode = table.prefillers, table.decoders
-    gone = [row for row in map(table.row, excluded) if row is not None]
-    if gone:
+    gone: list[int] = []
+    if excluded:
+        gone = [row for row in map(table.row, excluded) if row is not None]
         prefill, decode = np.setdiff1d(prefill, gone), np.setdiff1d(decode, gone)
     if not decode.size:
         prefill, decode = decode, prefill

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ LIKE_PART = 0.05  # ... or by this part of the least time to a first token: pred
 Pair = tuple[int | None, int]  # rows of the table: prefill, decode
 
 
-@dataclass(frozen=True, slots=True)
-class Eligible:
+class Eligible(NamedTuple):
     """Rows that may serve. Without any for prefill, who decodes computes the prompt, too."""
 
     prefill: Ints
@@ -45,7 +44,7 @@ def least_time(costs: Costs, eligible: Eligible, _: random.Random) -> tuple[Pair
     output = costs.output[decode]
     alone = prompt[decode] + output + costs.interference[decode]
     prefill = _candidates(prompt, eligible.prefill, table, like)
-    totals = prompt[prefill, None] + costs.handoff(prefill, decode) + output  # [candidates, decode]
+    totals = prompt[prefill][:, None] + costs.handoff(prefill, decode) + output  # [candidates, decode]
     least = alone.item(alone.argmin())
     least_pair = totals.item(totals.argmin()) if prefill.size else np.inf
     if least_pair < least:

@@ -11,7 +11,7 @@ import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +31,6 @@ Depths = npt.NDArray[np.int32]  # owner's number -> leading blocks of a prompt t
 FLOATS = 14
 LOADS = 4  # of those, the first: what changes all the time
 INTS = 3
-
-
-class Load(NamedTuple):
-    """What a worker has to do."""
-
-    sequences: int
-    waiting_tokens: int  # of prompts, queued or running, that are to be computed there
-    context_tokens: int
-    blocks_free: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +116,17 @@ class FleetTable:
             self._put_fixed(view)
             self._fixed[view.id] = fixed
             self._derived = {}
-        load = Load(
+        self.load(
+            view.id,
             view.running + view.sent_sequences,
             view.waiting_tokens + view.sent_tokens,
             view.context_tokens + view.sent_context,
             view.blocks_free - -(-view.sent_context // self.block_size),
         )
-        self.load(view.id, load)
 
-    def load(self, worker_id: str, load: Load) -> None:
-        """What a worker that is in the table has to do now, with what was sent to it."""
-        sequences, waiting, context, blocks_free = load
+    def load(self, worker_id: str, sequences: int, waiting: int, context: int, blocks_free: int) -> None:
+        """What a worker that is in the table has to do now, with what was sent to it: sequences, tokens of prompts,
+        queued or running, that are to be computed there, and tokens of context."""
         row, rates = self._rows[worker_id], self._fixed[worker_id][3]
         per_step, per_token, _ = rates.prefill
         # the contexts of what waits are reported by nobody

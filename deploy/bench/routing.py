@@ -85,9 +85,7 @@ async def _kill(server: Server, whole: Trace) -> list[Figure]:
     """The requests after those that were replayed are the load."""
     requests = whole.requests[REQUESTS:]
     start_s = requests[0].arrival_s
-    load_ = tuple(
-        dataclasses.replace(r, arrival_s=r.arrival_s - start_s) for r in requests if r.arrival_s < start_s + LOAD_S
-    )
+    load_ = tuple(r._replace(arrival_s=r.arrival_s - start_s) for r in requests if r.arrival_s < start_s + LOAD_S)
     probes = [prompt(r, BLOCK) for r in whole.requests[:PROBES]]
     async with httpx.AsyncClient(base_url=server.url, timeout=START_S) as client:
         before = [await _answer(client, probe) for probe in probes]

@@ -124,7 +124,7 @@ def _unrelated(trace: Trace) -> Trace:
     return replace(
         trace,
         requests=tuple(
-            replace(r, blocks=tuple(islice(fresh, len(r.blocks))), output_blocks=()) for r in trace.requests
+            r._replace(blocks=tuple(islice(fresh, len(r.blocks))), output_blocks=()) for r in trace.requests
         ),
     )
 

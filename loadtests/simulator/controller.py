@@ -75,8 +75,7 @@ class Controller:
                 self._shards[worker.role],
                 worker.rates,
                 worker.sequence_count,
-                worker.load.waiting_tokens,
-                worker.load.context_tokens,
+                *worker.load[1:3],  # tokens to compute, tokens of context
                 fleet.since_s[worker.id],
                 settings.kv_tokens,
             )

@@ -18,7 +18,7 @@ from loadtests.simulator.scheduler import Hands
 from loadtests.simulator.settings import SimSettings
 from loadtests.simulator.stores import Stores
 from loadtests.simulator.worker import Worker
-from router.table import FleetTable, Load, WorkerView
+from router.table import FleetTable, WorkerView
 
 
 class Sent:
@@ -141,7 +141,7 @@ class Fleet:
                 worker.report()
                 if self._sent[worker.id].sequences:
                     self._sent[worker.id] = Sent()
-                self.table.load(worker.id, worker.load)
+                self.table.load(worker.id, *worker.load)
         self._changed.clear()
 
     def report_caches(self) -> None:
@@ -170,13 +170,13 @@ class Fleet:
     def _load(self, worker: Worker) -> None:
         """The same of what it has to do alone, which is far more often."""
         sent, (sequences, waiting_tokens, context_tokens, blocks_free) = self._sent[worker.id], worker.load
-        load = Load(
+        self.table.load(
+            worker.id,
             sequences + sent.sequences,
             waiting_tokens + sent.tokens,
             context_tokens + sent.context,
             blocks_free - -(-sent.context // self.table.block_size),
         )
-        self.table.load(worker.id, load)
 
 
 def _node(number: int) -> str:

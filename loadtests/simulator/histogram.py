@@ -32,8 +32,7 @@ class Histogram:
         self.sum += (first + slope * (steps - 1) / 2) * steps * weight
         while True:
             bucket = math.floor(math.log(first) / _LOG)
-            edge = RATIO ** (bucket + 1)
-            if steps == 1 or slope <= 0 or first + slope * (steps - 1) < edge:
+            if steps == 1 or slope <= 0 or first + slope * (steps - 1) < (edge := RATIO ** (bucket + 1)):
                 self._counts[bucket] += steps * weight
                 return
             inside = min(steps - 1, max(1, math.ceil((edge - first) / slope)))

@@ -11,7 +11,7 @@ import heapq
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.errors import ConfigError
 from cluster.messages import Rates
@@ -110,7 +110,7 @@ def _copy(trace: Trace, copy: int, shift: float, span: float, ids: int, faster: 
     for r in (*requests[first:], *requests[:first]):
         arrival_s = (r.arrival_s + shift) % span / faster
         if not copy:
-            yield replace(r, arrival_s=arrival_s)
+            yield r._replace(arrival_s=arrival_s)
             continue
         yield TraceRequest(
             arrival_s,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError
 from loadtests.simulator.conversation import Conversation
@@ -33,8 +33,7 @@ OUTPUT_S = 0.03  # an output token, for the order in which turns arrive when nob
 MANY = 16  # equal timestamps that are no coincidence
 
 
-@dataclass(frozen=True, slots=True)
-class TraceRequest:
+class TraceRequest(NamedTuple):
     """One request. Block ids are chained: equal ids mean that the whole prefixes up to there are equal.
 
     `blocks` covers the prompt, ceil(prompt_tokens / block_size) of them, the last of which may be partial.

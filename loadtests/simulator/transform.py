@@ -29,7 +29,7 @@ def faster(trace: Trace, factor: float) -> Trace:
     """So many times the rate, by compressing time; thinking takes as long as before."""
     if factor <= 0:
         raise ConfigError(f"a trace cannot be replayed {factor} times as fast; the factor is above 0")
-    return replace(trace, requests=tuple(replace(r, arrival_s=r.arrival_s / factor) for r in trace.requests))
+    return replace(trace, requests=tuple(r._replace(arrival_s=r.arrival_s / factor) for r in trace.requests))
 
 
 def resized(trace: Trace, block_size: int, output_scale: float = 1.0) -> Trace:
@@ -45,7 +45,7 @@ def resized(trace: Trace, block_size: int, output_scale: float = 1.0) -> Trace:
         output = max(1, round(r.output_tokens * output_scale))
         # with another ratio of output to prompt the output fills other blocks, which have no names
         named = r.output_blocks if output_scale == scale else ()
-        return replace(r, prompt_tokens=whole + last, output_tokens=output, output_blocks=named)
+        return r._replace(prompt_tokens=whole + last, output_tokens=output, output_blocks=named)
 
     return Trace(trace.name, block_size, tuple(scaled(r) for r in trace.requests))
 
@@ -72,8 +72,7 @@ def superpose(trace: Trace, copies: int, seed: int = 0, seconds: float = math.in
             if arrival_s >= seconds:
                 continue
             requests.append(
-                replace(
-                    r,
+                r._replace(
                     arrival_s=arrival_s,
                     blocks=tuple(b + copy * ids for b in r.blocks),
                     output_blocks=tuple(b + copy * ids for b in r.output_blocks),

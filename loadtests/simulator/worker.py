@@ -13,7 +13,6 @@ from loadtests.simulator.events import Events
 from loadtests.simulator.histogram import Histogram
 from loadtests.simulator.job import Sequence, State
 from loadtests.simulator.scheduler import Hands, Scheduler
-from router.table import Load
 
 
 class Worker:
@@ -44,7 +43,7 @@ class Worker:
         self.batch = Batch(rates, block_size, gaps)
         self.scheduler = Scheduler(self.pool, self.batch, rates, block_size, max_sequences, hands)
         self.alive = True
-        self.load = Load(0, 0, 0, blocks)  # as last reported
+        self.load = (0, 0, 0, blocks)  # as last reported: sequences, tokens to compute, of context, free blocks
         self.born_s = events.now
         self.prefill_ms = self.busy_ms = 0.0  # spent on prompts, on steps
         self.steps = 0
@@ -113,7 +112,7 @@ class Worker:
         for sequence in scheduler.prefilling:
             to_compute += sequence.tokens - sequence.computed
             context += sequence.computed
-        self.load = Load(self.sequence_count, to_compute, context, self.pool.free_count)
+        self.load = (self.sequence_count, to_compute, context, self.pool.free_count)
 
     @property
     def sequence_count(self) -> int:

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 
 from cluster.errors import ConfigError
@@ -17,7 +15,7 @@ def figures(result: SimResult) -> dict[str, float]:
 
 
 def later(request: TraceRequest, seconds: float) -> TraceRequest:
-    return replace(request, arrival_s=request.arrival_s + seconds)
+    return request._replace(arrival_s=request.arrival_s + seconds)
 
 
 def prefill_ms(*chunks: tuple[int, int]) -> float:

@@ -43,7 +43,7 @@ VIEWS = st.dictionaries(st.sampled_from(IDS), st.fixed_dictionaries(FIELDS)).map
 )
 DEPTHS = st.lists(st.integers(0, 40), min_size=11, max_size=11).map(lambda values: np.array(values, dtype=np.int32))
 STORES = ((9, "n1"), (10, "n2"))
-ASKS = st.builds(Ask, st.integers(1, 1_000), st.integers(1, 300), st.frozensets(st.sampled_from(IDS)))
+ASKS = st.builds(Ask, st.integers(1, 1_000), st.integers(1, 300), st.frozensets(st.sampled_from(IDS)), st.just(True))
 
 
 def decide(views: list[WorkerView], ask: Ask, depths: np.ndarray, policy: str = "least_time") -> Decision:
