@@ -185,6 +185,7 @@ class BlockPool:
         return blocks
 
     def _tell(self, hashes: list[bytes], there: bool) -> None:
+        """Of what can be hit from now on, or no more; what follows its like is one change with it."""
         changes = self._changes
         if changes is None:
             return

@@ -57,8 +57,7 @@ class PrefixMap:
         if len(self._retired) > RETIRED and not self._sweeping:
             self._sweeping, self._retired = self._retired, []
             self._unswept = list(self._masks)
-        if self._sweeping:
-            self._sweep()
+        self._sweep()
 
     def put(self, owner: int, hashes: Iterable[bytes]) -> None:
         bit, live, masks, new = self._bit(owner), self._live, self._masks, 0
@@ -81,8 +80,7 @@ class PrefixMap:
         self._counts[owner] += new
         if len(masks) > self._capacity:
             self._forget()
-        if self._sweeping:
-            self._sweep()
+        self._sweep()
 
     def delete(self, owner: int, hashes: Iterable[bytes]) -> None:
         bit, masks, gone = self._bit(owner), self._masks, 0
@@ -100,8 +98,7 @@ class PrefixMap:
             else:
                 del masks[name]
         self._counts[owner] -= gone
-        if self._sweeping:
-            self._sweep()
+        self._sweep()
 
     def count(self, owner: int) -> int:
         """Blocks that the owner has, as far as they are remembered."""
@@ -154,6 +151,8 @@ class PrefixMap:
     def _sweep(self) -> None:
         """A little at a time, so that no change ever waits for the whole map. Bits of those who left cannot come back:
         whatever changes a mask leaves them out."""
+        if not self._sweeping:
+            return
         share = self._sharing()
         for name in self._unswept[-SWEEP:]:
             mask = self._masks.get(name, 0)
